@@ -1,0 +1,248 @@
+"""Records to samples, samples to batches; the order of a run as a pure function of (seed, epoch, index).
+
+A sample is a list of token ids and a label for each: the id itself where it is to be learned, -100 where it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fsdp_train.formats import Record, read_records
+from fsdp_train.settings import option
+from fsdp_train.templates import alpaca_prompt, encode_pair
+from llama import Tokenizer
+from llama.errors import InputError, listing
+from llama.loss import IGNORE
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on."""
+
+    path: str = option("", "training data: .json, .jsonl or text", "FILE")
+    format: Literal["auto", "alpaca", "completion", "text", "tokens"] = option(
+        "auto", "how to read it; auto says what it chose"
+    )
+    eval_path: str = option("", "held-out data, same format", "FILE")
+    eval_fraction: float = option(0.0, "hold out this part of the training data instead")
+    max_length: int | None = option(None, "cut samples to this many tokens (default: the model's context)")
+    shuffle: bool = option(True, "a new order in each epoch; false: as in the file")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eval_fraction < 1:
+            raise InputError(f"--data.eval_fraction {self.eval_fraction}: expected a part in [0, 1)")
+        if self.eval_fraction and self.eval_path:
+            raise InputError("--data.eval_fraction and --data.eval_path are given both; choose one")
+        if self.max_length is not None and self.max_length < 2:
+            raise InputError(f"--data.max_length {self.max_length}: expected at least 2 tokens")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids (T,) and labels (T,), int32; the first `prompt` ids are what generation would be given."""
+
+    where: str
+    ids: np.ndarray
+    labels: np.ndarray
+    prompt: int
+
+
+@dataclass
+class Dataset:
+    """Samples, and what happened to the records on the way."""
+
+    path: Path
+    format: str
+    example: dict[str, Any]  # the first record as it stands in the file
+    samples: list[Sample] = field(default_factory=list)
+    truncated: list[str] = field(default_factory=list)  # places whose end was cut off
+    dropped: list[str] = field(default_factory=list)  # places with nothing left to learn
+
+    def report(self) -> str:
+        """Counts and lengths, for people."""
+        lengths = np.array([len(s.ids) for s in self.samples])
+        targets = sum(int((s.labels[1:] != IGNORE).sum()) for s in self.samples)
+        low, middle, high = np.percentile(lengths, (5, 50, 95)).astype(int)
+        lines = [
+            f"{self.path}: format {self.format}, {len(self.samples):,} samples,"
+            f" {lengths.sum():,} tokens, {targets:,} of them learned",
+            f"  tokens per sample: 5 % {low}, median {middle}, 95 % {high}, longest {lengths.max()}",
+        ]
+        if self.truncated:
+            lines.append(f"  {len(self.truncated):,} samples were cut at --data.max_length: {self._places(self.truncated)}")
+        if self.dropped:
+            lines.append(f"  {len(self.dropped):,} samples left out, nothing to learn in them: {self._places(self.dropped)}")
+        return "\n".join(lines)
+
+    def _places(self, where: list[str]) -> str:
+        return listing((place.removeprefix(str(self.path)) for place in where), 3)
+
+    def without(self, count: int, seed: int) -> tuple[Dataset, Dataset]:
+        """(the rest, `count` samples held out), chosen by `seed`, each in the file's order."""
+        chosen = set(epoch_order(len(self.samples), seed, 0, shuffle=True)[:count].tolist())
+        rest = [s for i, s in enumerate(self.samples) if i not in chosen]
+        held = [s for i, s in enumerate(self.samples) if i in chosen]
+        return replace(self, samples=rest), replace(self, samples=held)
+
+
+def load_dataset(path: str, format: str, tokenizer: Tokenizer | None, vocab_size: int, max_length: int) -> Dataset:
+    """Read, tokenise and check a data file.
+
+    Args:
+        tokenizer: None is enough for the format `tokens`.
+        vocab_size: of the model; every id must be below it.
+        max_length: longer samples are cut (and counted); plain text is cut into windows instead, nothing lost.
+
+    Raises:
+        InputError: as `read_records`; no tokenizer where one is needed; an id outside the vocabulary; or nothing to learn in
+            the whole file.
+    """
+    chosen, records = read_records(Path(path), format)
+    if chosen != "tokens" and tokenizer is None:
+        raise InputError(
+            f"{path} is text (format {chosen}), and the model directory has no tokenizer.model; give --model.tokenizer"
+        )
+    dataset = Dataset(Path(path), chosen, records[0].fields)
+    for record in records:
+        for sample in _samples(record, chosen, tokenizer, max_length):
+            if len(sample.ids) > max_length:
+                dataset.truncated.append(sample.where)
+                sample = Sample(sample.where, sample.ids[:max_length], sample.labels[:max_length], sample.prompt)
+            if (sample.labels[1:] == IGNORE).all():
+                dataset.dropped.append(sample.where)
+            else:
+                _check_ids(sample, vocab_size)
+                dataset.samples.append(sample)
+    if not dataset.samples:
+        cut = (
+            f" {len(dataset.truncated)} were cut at {max_length} tokens, before their response began;"
+            if dataset.truncated
+            else ""
+        )
+        raise InputError(
+            f"{path}: none of its {len(dataset.dropped)} samples has anything to learn;{cut} every label is masked"
+        )
+    return dataset
+
+
+def _samples(record: Record, format: str, tokenizer: Tokenizer | None, max_length: int) -> list[Sample]:
+    fields = record.fields
+    if format == "tokens":
+        ids = fields["input_ids"]
+        labels = ids if fields.get("labels") is None else fields["labels"]
+        if len(ids) != len(labels):
+            raise InputError(f"{record.where}: {len(ids)} input_ids but {len(labels)} labels")
+        learned = [i for i, label in enumerate(labels) if label != IGNORE and i > 0]
+        return [_sample(record.where, ids, labels, learned[0] if learned else len(ids))]
+    assert tokenizer is not None
+    if format == "text":
+        ids = tokenizer.encode(fields["text"], bos=True, eos=True)
+        # Windows share one token, so that each token but the very first is predicted exactly once.
+        starts = range(0, max(1, len(ids) - 1), max(1, max_length - 1))
+        windows = [ids[start : start + max_length] for start in starts]
+        return [_sample(record.where, window, window, 1) for window in windows]
+    if format == "alpaca":
+        prompt, response = alpaca_prompt(fields["instruction"], fields.get("input") or ""), fields["output"]
+    else:
+        prompt, response = fields["prompt"], fields["completion"]
+    ids, length = encode_pair(tokenizer, prompt, response)
+    return [_sample(record.where, ids, [IGNORE] * length + ids[length:], length)]
+
+
+def _sample(where: str, ids: list[int], labels: list[int], prompt: int) -> Sample:
+    try:
+        return Sample(where, np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32), prompt)
+    except OverflowError:
+        raise InputError(f"{where}: a token id does not fit 32 bits") from None
+
+
+def _check_ids(sample: Sample, vocab_size: int) -> None:
+    wrong = sample.ids[(sample.ids < 0) | (sample.ids >= vocab_size)]
+    labels = sample.labels[sample.labels != IGNORE]
+    wrong = np.concatenate((wrong, labels[(labels < 0) | (labels >= vocab_size)]))
+    if len(wrong):
+        raise InputError(f"{sample.where}: token id {wrong[0]} is outside the model's vocabulary 0..{vocab_size - 1}")
+
+
+# --- order and batches --------------------------------------------------------------------------------------------------
+
+
+def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> Tensor:
+    """Sample indices (n,) in the order of an epoch: a pure function of its arguments."""
+    if not shuffle:
+        return torch.arange(n)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(n, generator=generator)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which samples each process sees in each step.
+
+    Step g of an epoch trains on samples [gG, (g+1)G) of its order, G = world * batch_size * grad_accum, whatever the world
+    size; the last step of an epoch has what is left, so that every sample is seen exactly once per epoch.
+    """
+
+    samples: int
+    batch_size: int
+    grad_accum: int
+    world: int
+    rank: int
+    seed: int
+    shuffle: bool
+
+    @property
+    def global_batch(self) -> int:
+        return self.world * self.batch_size * self.grad_accum
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.samples // self.global_batch)
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """This process's sample indices in global step `step`, one list per micro-batch; some may be empty at the end."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = epoch_order(self.samples, self.seed, epoch, self.shuffle)
+        start = within * self.global_batch
+        indices = order[start : start + self.global_batch].tolist()
+        size = self.world * self.batch_size
+        first = self.rank * self.batch_size
+        return [indices[m * size : (m + 1) * size][first : first + self.batch_size] for m in range(self.grad_accum)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded ids and labels (B, T), int64; `tokens` real ids, `targets` labels that count."""
+
+    input_ids: Tensor
+    labels: Tensor
+    tokens: int
+    targets: int
+    where: list[str]
+
+
+def collate(samples: Sequence[Sample], device: torch.device) -> Batch:
+    """Samples to a batch. No mask: padding stands on the right, where no earlier token sees it, and has no label.
+
+    An empty list gives one masked row, so that a process without samples still takes part in every collective.
+    """
+    length = max((len(s.ids) for s in samples), default=2)
+    ids = np.zeros((max(1, len(samples)), length), dtype=np.int64)
+    labels = np.full_like(ids, IGNORE)
+    for row, sample in enumerate(samples):
+        ids[row, : len(sample.ids)] = sample.ids
+        labels[row, : len(sample.ids)] = sample.labels
+    return Batch(
+        torch.from_numpy(ids).to(device),
+        torch.from_numpy(labels).to(device),
+        sum(len(s.ids) for s in samples),
+        int((labels[:, 1:] != IGNORE).sum()),
+        [s.where for s in samples],
+    )

@@ -1,0 +1,61 @@
+"""Fine-tune Llama 2.
+
+    torchrun -m fsdp_train.main                                                    # the demo
+    torchrun -m fsdp_train.main --model.path DIR --data.path FILE                  # yours
+    torchrun --nproc_per_node 8 -m fsdp_train.main --model.path DIR --data.path FILE
+
+`--help` lists all settings.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+
+from fsdp_train.config import RunConfig, parse_config
+from fsdp_train.parallel import process_group
+from fsdp_train.run import Run
+from fsdp_train.settings import fail
+from fsdp_train.train import NonFiniteError
+from llama.errors import InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, run, and turn an error that the user can mend into one line and a non-zero exit code."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        config = parse_config(sys.argv[1:] if arguments is None else arguments)
+        fine_tune(config)
+    except InputError as error:
+        fail(error)
+    except NonFiniteError as error:
+        fail(error, 3)
+
+
+def fine_tune(config: RunConfig) -> None:
+    """One run, from its settings to what the user keeps.
+
+    Raises:
+        InputError: before the first step, on every process alike.
+        NonFiniteError: at the step that would have spoilt the weights.
+    """
+    with process_group(config.parallel) as world:
+        complete(Run(config, world))
+
+
+def complete(run: Run) -> None:
+    """The steps of a run, in order."""
+    started = time.perf_counter()
+    run.prepare()
+    run.wrap()
+    before = run.measure("before")
+    run.train()
+    after = run.measure("after")
+    run.save()
+    run.sum_up(before, after, time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Llama 2 in plain PyTorch: model, files, tokenizer, generation. Knows nothing of adapters or parallelism."""
+
+from llama.cache import KVCache
+from llama.errors import InputError
+from llama.generate import generate, generate_steps
+from llama.io import load, save
+from llama.meta import save_meta
+from llama.model import PRESETS, Llama, LlamaConfig
+from llama.tokenizer import StreamDecoder, Tokenizer, chat_prompt
+
+__all__ = [
+    "PRESETS",
+    "InputError",
+    "KVCache",
+    "Llama",
+    "LlamaConfig",
+    "StreamDecoder",
+    "Tokenizer",
+    "chat_prompt",
+    "generate",
+    "generate_steps",
+    "load",
+    "save",
+    "save_meta",
+]

@@ -1,0 +1,90 @@
+"""Directories that appear complete or not at all, and small readers with errors that name the place."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llama.errors import InputError
+
+
+@contextmanager
+def new_directory(path: str | os.PathLike[str], replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write into; it takes the name `path` when the block ends well.
+
+    When the block raises, the temporary directory is removed and `path` is what it was. With `replace`, an existing
+    directory is set aside first and removed only after the new one has its name.
+
+    Raises:
+        InputError: `path` exists and is not an empty directory (unless `replace`), or its parent cannot be written.
+    """
+    path = Path(path).absolute()
+    check_free(path, replace)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    except OSError as error:
+        raise InputError(f"cannot write below {path.parent}: {error.strerror or error}") from error
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        aside = None
+        if path.exists():
+            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            path.rename(aside)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            if aside is not None:
+                aside.rename(path)
+            raise
+        if aside is not None:
+            shutil.rmtree(aside)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def check_free(path: str | os.PathLike[str], replace: bool = False) -> None:
+    """Raise InputError if `new_directory` would refuse the path: a program's check before a long piece of work."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} exists and is not a directory")
+    if path.exists() and any(path.iterdir()) and not replace:
+        raise InputError(f"{path} exists and is not empty; choose another path or remove it")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with a final newline."""
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        InputError: the file is missing, is not JSON (with line and column), or holds something other than an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+    return value

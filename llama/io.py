@@ -1,0 +1,156 @@
+"""`load` and `save`: model directories to models and back, one tensor at a time.
+
+model = llama.load("path/to/Llama-2-7b-hf", dtype=torch.bfloat16)
+llama.save(model, "copy")
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llama.config_files import config_to_hf
+from llama.errors import InputError, listing, nearest
+from llama.files import new_directory, write_json
+from llama.model import Llama
+from llama.weight_files import Weights, open_weights
+
+MAX_SHARD_BYTES = 5_000_000_000  # of one safetensors file, HF's customary size
+TOKENIZER_FILES = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "generation_config.json",
+)
+
+
+def load(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Llama:
+    """A model from a HF or Meta directory (detected), in `dtype` on `device`.
+
+    Each tensor is read, cast and put in place before the next, so memory peaks at the model plus one tensor.
+
+    Raises:
+        InputError: anything missing, unknown, wrongly shaped, damaged or unsupported, with file and key.
+    """
+    weights = open_weights(path)
+    with torch.device("meta"):
+        model = Llama(weights.config)
+    check_names(weights, model, path)
+    for name, parameter in list(model.named_parameters()):
+        tensor = _floating(weights.read(name), name, path).to(device=device, dtype=dtype, copy=True)
+        owner = model.get_submodule(name.rpartition(".")[0])
+        setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+    model.tie_weights()
+    return model
+
+
+def _floating(tensor: Tensor, name: str, path: str | os.PathLike[str]) -> Tensor:
+    if not tensor.is_floating_point():
+        raise InputError(f"{path}: {name} holds {tensor.dtype}; quantised weights are not supported")
+    return tensor
+
+
+def check_names(weights: Weights, model: Llama, path: str | os.PathLike[str]) -> None:
+    """Compare the files' names and shapes with the model's.
+
+    Raises:
+        InputError: they differ; lists the names, and for shapes both sides.
+    """
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = dict(weights.shapes)
+    if model.config.tie_word_embeddings:
+        found.pop("lm_head.weight", None)  # some files repeat the tied weight; the embedding is the one that counts
+    if missing := [name for name in expected if name not in found]:
+        hint = " (tie_word_embeddings is false)" if missing == ["lm_head.weight"] else ""
+        raise InputError(f"{path}: {len(missing)} tensors are missing: {listing(missing)}{hint}")
+    if unknown := [name for name in found if name not in expected]:
+        raise InputError(
+            f"{path}: {len(unknown)} tensors do not belong to this model: {listing(unknown)}{nearest(unknown[0], expected)}"
+        )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise InputError(f"{path}: {name} has shape {found[name]}; the configuration says {shape}")
+
+
+def save(
+    model: Llama,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    tokenizer_from: str | os.PathLike[str] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    replace: bool = False,
+) -> None:
+    """Write a HF directory that `transformers` opens with no missing and no unexpected keys.
+
+    The files are written under a temporary name, read back and compared, and only then given the name `path`.
+
+    Args:
+        dtype: of the file; default that of each tensor.
+        state: full tensors by name, where the model's own are sharded over processes.
+        tokenizer_from: a directory whose tokenizer files are copied along.
+        replace: overwrite an existing directory.
+
+    Raises:
+        InputError: `path` exists, or the model holds tensors that are not a Llama's (an adapter that is not merged).
+    """
+    config = model.config
+    with torch.device("meta"):
+        expected = [name for name, _ in Llama(config).named_parameters()]
+    tensors = dict(state if state is not None else model.state_dict())
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    if set(tensors) != set(expected):
+        strange = listing(sorted(set(tensors) ^ set(expected)))
+        raise InputError(f"this model is not a plain Llama: {strange}; merge or remove adapters before saving the model")
+
+    def cast(name: str) -> Tensor:
+        return tensors[name].detach().to(dtype=dtype or tensors[name].dtype, device="cpu").contiguous()
+
+    shards = list(
+        _shards({name: tensors[name].numel() * (dtype or tensors[name].dtype).itemsize for name in expected}, max_shard_bytes)
+    )
+    with new_directory(path, replace) as temporary:
+        weight_map = {}
+        for index, names in enumerate(shards):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+            save_file({name: cast(name) for name in names}, temporary / file, metadata={"format": "pt"})
+            with safe_open(temporary / file, framework="pt") as written:
+                for name in names:
+                    if not torch.equal(written.get_tensor(name), cast(name)):
+                        raise OSError(f"{file}: {name} was not written as it is in memory")
+            weight_map.update(dict.fromkeys(names, file))
+        if len(shards) > 1:
+            total = sum(tensors[name].numel() * (dtype or tensors[name].dtype).itemsize for name in expected)
+            write_json(
+                temporary / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+            )
+        write_json(temporary / "config.json", config_to_hf(config, dtype or tensors[expected[0]].dtype))
+        if tokenizer_from is not None:
+            copy_tokenizer(tokenizer_from, temporary)
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
+    """Names in order, in groups of at most `limit` bytes (a larger single tensor gets its own group)."""
+    group: list[str] = []
+    filled = 0
+    for name, size in sizes.items():
+        if group and filled + size > limit:
+            yield group
+            group, filled = [], 0
+        group.append(name)
+        filled += size
+    yield group
+
+
+def copy_tokenizer(source: str | os.PathLike[str], target: Path) -> None:
+    """Copy the tokenizer's files (those of `TOKENIZER_FILES` that exist) beside the weights."""
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, target / name)

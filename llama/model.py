@@ -1,0 +1,316 @@
+"""Llama 2, from the tokens' embeddings to logits or loss, readable from top to bottom.
+
+    from llama import PRESETS, Llama
+    logits = Llama(PRESETS["demo"])(torch.tensor([[1, 2, 3]]))          # (1, 3, vocab_size)
+
+Sources: Touvron et al. 2023 (arXiv 2302.13971, 2307.09288); RMSNorm, Zhang & Sennrich 2019 (1910.07467); rotary positions,
+Su et al. 2021 (2104.09864); SwiGLU, Shazeer 2020 (2002.05202); grouped-query attention, Ainslie et al. 2023 (2305.13245).
+Parameter names and the half-rotation layout of rotary positions are Hugging Face's, so HF files need no key table.
+
+Every module computes in the dtype of its input and casts its weight to it: fp32 master weights serve bf16 activations.
+There are no buffers: rotary tables are computed from the configuration in each forward pass, so neither `.to(bf16)` nor
+meta-device construction can damage them.
+
+Legend: B batch, T tokens of this call, S keys (cached tokens + T), H query heads, G key/value heads, D head size,
+C hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import lru_cache
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama.cache import KVCache, LayerCache
+from llama.errors import InputError
+from llama.loss import IGNORE, linear_cross_entropy
+
+INIT_STD = 0.02  # of projections and embeddings, as in HF
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The architecture, with Hugging Face's field names.
+
+    Raises:
+        InputError: a value that no Llama can have, naming the field.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 0  # 0: as many as query heads
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_key_value_heads == 0:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (type(value) is not int or value < 1):
+                raise InputError(f"{field.name} is {value!r}; expected a positive integer")
+            if field.type == "float" and not (isinstance(value, float | int) and math.isfinite(value) and value > 0):
+                raise InputError(f"{field.name} is {value!r}; expected a positive finite number")
+            if field.type == "bool" and type(value) is not bool:
+                raise InputError(f"{field.name} is {value!r}; expected true or false")
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of"
+                f" num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise InputError(
+                f"head size hidden_size / num_attention_heads = {self.head_dim} is odd; rotary positions need pairs"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+PRESETS = {
+    "llama2-7b": LlamaConfig(),
+    "llama2-13b": LlamaConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
+    "llama2-70b": LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
+    ),
+    "demo": LlamaConfig(
+        vocab_size=1536,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight: normalised in fp32 (fp64 stays fp64), cast back, then multiplied, in HF's order."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * normed.to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A projection without bias that computes in the dtype of its input."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+@lru_cache(maxsize=16)
+def _inverse_frequencies(head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """theta^(-2i/D) for i < D/2. Computed on the CPU, so that every device turns by the same angles."""
+    exponents = torch.arange(0, head_dim, 2, device="cpu").to(dtype) / head_dim
+    return (1.0 / theta**exponents).to(device)
+
+
+def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, computed in fp32 (fp64 for fp64), then cast to `dtype` as HF does.
+
+    Args:
+        positions: (T,) or (B, T).
+
+    Returns:
+        Two tensors (T, D/2) or (B, 1, T, D/2), which broadcast over (B, H, T, D/2).
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    angles = positions[..., None].to(wide) * _inverse_frequencies(head_dim, theta, wide, positions.device)
+    if positions.dim() == 2:
+        angles = angles[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i + D/2}) of x (B, H, T, D) by the angles of `cos`, `sin`."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: project -> rotate -> cache -> attend -> output projection.
+
+    Adapters replace the projections (each is *called* as a module) or override `attend`, which owns no parameters.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, kv_width)
+        self.v_proj = Linear(config.hidden_size, kv_width)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        """x (B, T, C) -> (B, T, C). `mask` as in `attend`."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, D)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            k, v = cache.update(k, v)  # (B, G, S, D)
+        y = self.attend(q, k, v, mask)
+        return cast(Tensor, self.o_proj(y.transpose(1, 2).reshape(B, T, -1)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """softmax(q k^T / sqrt(D)) v, key head j serving query heads j*H/G .. (j+1)*H/G - 1.
+
+        Args:
+            q: (B, H, T, D), rotated. k, v: (B, G, S, D), k rotated.
+            mask: bool, broadcastable to (B, H, T, S), True where a query may look; None means causal with S == T.
+
+        Returns:
+            (B, H, T, D)
+        """
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm residual block: h = x + attention(norm(x)); h + mlp(norm(h))."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        h = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        return cast(Tensor, h + self.mlp(self.post_attention_layernorm(h)))
+
+
+class LlamaModel(nn.Module):
+    """Embedding, decoder layers, final norm: token ids (B, T) -> hidden states (B, T, C)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None  # None: that of the embedding's weight
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        nn.init.normal_(self.embed_tokens.weight, std=INIT_STD)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, positions: Tensor | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T = input_ids.shape
+        start = cache.extent if cache is not None else 0
+        if positions is None:
+            positions = torch.arange(start, start + T, device=input_ids.device)
+        if cache is not None:
+            cache.advance(positions.expand(B, T))
+            if mask is None and start > 0:  # the first call is causal with S == T, and needs no mask
+                slots = torch.arange(cache.extent, device=input_ids.device)
+                mask = (slots <= positions.expand(B, T)[..., None])[:, None]  # (B, 1, T, S)
+        x = self.embed_tokens(input_ids)
+        x = x.to(self.compute_dtype or self.embed_tokens.weight.dtype)  # an adapter's copy of the embedding is in fp32
+        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rotary, mask, cache.layers[index] if cache is not None else None)
+        return cast(Tensor, self.norm(x))
+
+
+class LanguageModelHead(Linear):
+    """Hidden states to logits; with labels, to the summed cross-entropy of the next token (logits never stored)."""
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """hidden (B, T, C) -> logits (B, T, V); with labels (B, T), -> the loss of `Llama.forward`."""
+        if labels is None:
+            return super().forward(hidden)
+        targets = labels[:, 1:]  # position t predicts the label of t + 1
+        chosen = targets != IGNORE
+        return linear_cross_entropy(hidden[:, :-1][chosen], self.weight, targets[chosen])
+
+
+class Llama(nn.Module):
+    """Llama 2 with a head: `lm_head` by default, replaceable by any module called as `head(hidden, labels)`."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config)
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Let the head share the embedding's weight, if the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        last: Tensor | None = None,
+    ) -> Tensor:
+        """Logits, or the loss when `labels` are given.
+
+        Args:
+            input_ids: (B, T). Right padding with any valid id needs no mask: no earlier token sees it.
+            labels: (B, T), aligned with `input_ids` (the shift happens inside); -100 where there is no target.
+            positions: (T,) or (B, T); default 0..T-1, after what the cache holds.
+            mask: bool, broadcastable to (B, H, T, S), True where a query may look; default causal.
+            cache: filled and read by this call.
+            last: (B,) index of the one token per row whose logits are wanted.
+
+        Returns:
+            Logits (B, T, V), or (B, 1, V) with `last`; with labels, the *sum* of cross-entropies over targets, in fp32.
+        """
+        hidden = self.model(input_ids, positions, mask, cache)
+        if last is not None:
+            hidden = hidden[torch.arange(len(last), device=last.device), last][:, None]
+        return cast(Tensor, self.lm_head(hidden, labels))

@@ -1,0 +1,146 @@
+"""PEFT adapter directories: `adapter_config.json` and `adapter_model.safetensors`, written checked and read strictly.
+
+    save_adapter(model, "out/adapter")
+    load_adapter(model, "out/adapter", "math")        # ours, or one that Hugging Face `peft` wrote
+
+Loading success proves nothing in PEFT: it drops what it does not expect. Here every tensor must be expected, present, of
+the right shape and finite, and every setting understood.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llama import Llama
+from llama.errors import InputError, listing, nearest
+from llama.files import new_directory, read_json, write_json
+from llama.weight_files import load_pickled
+from peft_impl.adapters import METHODS, adapters_of, add_adapter, method_of, remove_adapter
+
+CONFIG_FILE, WEIGHTS_FILE, LEGACY_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+
+def save_adapter(
+    model: Llama,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    base: str | None = None,
+    replace: bool = False,
+) -> int:
+    """Write adapter `name` as a PEFT directory; it is read back and compared before it gets the name `path`.
+
+    Args:
+        state: full tensors by parameter name, where the model's own are sharded over processes.
+        base: recorded as `base_model_name_or_path`.
+        replace: overwrite an existing directory.
+
+    Returns:
+        Bytes of the tensors written.
+
+    Raises:
+        InputError: no such adapter, a tensor that is not finite, or `path` exists.
+    """
+    adapters_of(model).check_name(name)
+    config = adapters_of(model).configs[name]
+    method = method_of(config)
+    source = dict(model.named_parameters()) if state is None else state
+    names = method.tensors(model, name)
+    tensors = {key: source[own].detach().cpu().contiguous() for key, own in names.items()}
+    if wrong := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise InputError(f"adapter {name!r} is not finite and is not saved: {listing(wrong)}")
+    if all(not tensor.any() for key, tensor in tensors.items() if "lora_B" in key):
+        warnings.warn(f"adapter {name!r} has no effect: every lora_B is zero, so it was never trained", stacklevel=2)
+    with new_directory(path, replace) as temporary:
+        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        common = {
+            "peft_type": method.peft_type,
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "inference_mode": True,
+        }
+        write_json(temporary / CONFIG_FILE, {**common, **method.to_peft(model, config)})
+        _, written = read_adapter(temporary)
+        if set(written) != set(tensors) or not all(torch.equal(written[key], tensors[key]) for key in tensors):
+            raise OSError(f"{WEIGHTS_FILE} does not hold what was in memory")
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def read_adapter(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
+    """The configuration and the tensors (by PEFT's keys) of an adapter directory.
+
+    Raises:
+        InputError: missing or damaged files, a method or a setting that is not implemented.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"{path} is not a directory; expected a PEFT adapter with {CONFIG_FILE} and {WEIGHTS_FILE}")
+    found = read_json(path / CONFIG_FILE)
+    where = str(path / CONFIG_FILE)
+    kind = found.get("peft_type")
+    if not isinstance(kind, str) or kind not in METHODS:
+        raise InputError(f"{where}: peft_type is {kind!r}; expected {listing(METHODS)}")
+    config = METHODS[kind].from_peft(found, where)
+    if (path / WEIGHTS_FILE).exists():
+        try:
+            return config, load_file(path / WEIGHTS_FILE)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path / WEIGHTS_FILE} is damaged or not a safetensors file: {error}") from None
+    if (path / LEGACY_FILE).exists():
+        return config, load_pickled(path / LEGACY_FILE)
+    raise InputError(f"{path} has neither {WEIGHTS_FILE} nor {LEGACY_FILE}")
+
+
+def load_adapter(model: Llama, path: str | os.PathLike[str], name: str = "default", trainable: bool = False) -> None:
+    """Add the adapter in `path` to the model, active; frozen unless `trainable`.
+
+    Raises:
+        InputError: anything missing, unexpected, wrongly shaped, not finite or not implemented, naming the keys. The model
+            is then as it was.
+    """
+    config, tensors = read_adapter(path)
+    active, required = adapters_of(model).active, {n: p.requires_grad for n, p in model.named_parameters()}
+    try:
+        add_adapter(model, config, name)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    parameters = dict(model.named_parameters())
+    names = method_of(config).tensors(model, name)
+    try:
+        _compare({key: parameters[own] for key, own in names.items()}, tensors, Path(path))
+    except InputError:
+        remove_adapter(model, name)
+        for own, parameter in model.named_parameters():
+            parameter.requires_grad_(required[own])
+        if active is not None:
+            adapters_of(model).active = active
+        raise
+    with torch.no_grad():
+        for key, own in names.items():
+            parameters[own].copy_(tensors[key])
+            parameters[own].requires_grad_(trainable)
+
+
+def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
+    if missing := [key for key in expected if key not in found]:
+        raise InputError(f"{path}: {len(missing)} of {len(expected)} tensors are missing: {listing(missing)}")
+    if unknown := [key for key in found if key not in expected]:
+        raise InputError(f"{path}: {len(unknown)} tensors have no place in this model under"
+                         f" {CONFIG_FILE}: {listing(unknown)}{nearest(unknown[0], expected)}")  # fmt: skip
+    for key, parameter in expected.items():
+        if found[key].shape != parameter.shape:
+            raise InputError(f"{path}: {key} has shape {tuple(found[key].shape)}; this model needs {tuple(parameter.shape)}")
+        if not found[key].is_floating_point():
+            raise InputError(f"{path}: {key} holds {found[key].dtype}; expected floating-point numbers")
+        if not torch.isfinite(found[key]).all():
+            raise InputError(f"{path}: {key} holds NaN or infinity")

@@ -1,0 +1,93 @@
+"""50 steps of LoRA equal a plain transformers + peft + AdamW loop, on one process and on two with FSDP."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import get_cosine_schedule_with_warmup
+
+import llama
+from peft_impl import load_adapter
+from tests.launch import torchrun
+from tests.oracle import SHAPES, STORIES, hf_model, needs_data, randomise
+
+STEPS, GLOBAL_BATCH, LR = 50, 8, 2e-3
+CURVE = 1e-5  # per step, fp32: the issue's bound; different kernels and orders of summation
+
+
+def tokens_file(path: Path, vocab: int) -> list[tuple[list[int], list[int]]]:
+    """Ragged samples with masked prompts, in our `tokens` format: two alternating ids, so there is something to learn."""
+    generator = torch.Generator().manual_seed(3)
+    samples = []
+    for _ in range(100):  # not a multiple of the batch: an epoch's last step has what is left
+        length = int(torch.randint(4, 40, (), generator=generator))
+        ids = (torch.randint(3, vocab, (2,), generator=generator).repeat(length)[:length]).tolist()
+        masked = int(torch.randint(1, length - 1, (), generator=generator))
+        samples.append((ids, [-100] * masked + ids[masked:]))
+    path.write_text("".join(json.dumps({"input_ids": i, "labels": l}) + "\n" for i, l in samples))
+    return samples
+
+
+def hf_curve(base: Path, adapter: Path, samples: list[tuple[list[int], list[int]]]) -> list[float]:
+    """The plain loop: one padded batch per step, mean loss over its targets."""
+    model = peft.PeftModel.from_pretrained(hf_model(base), adapter, is_trainable=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 0, STEPS)
+    losses, epoch_steps = [], -(-len(samples) // GLOBAL_BATCH)
+    for step in range(STEPS):
+        start = step % epoch_steps * GLOBAL_BATCH
+        batch = samples[start : start + GLOBAL_BATCH]
+        length = max(len(ids) for ids, _ in batch)
+        ids = torch.tensor([i + [0] * (length - len(i)) for i, _ in batch])
+        labels = torch.tensor([l + [-100] * (length - len(l)) for _, l in batch])
+        mask = torch.tensor([[1] * len(i) + [0] * (length - len(i)) for i, _ in batch])
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("base", ["gqa", pytest.param("stories260K", marks=needs_data)])
+def test_loss_per_step_equals_peft(base: str, tmp_path: Path) -> None:
+    if base == "gqa":
+        model = llama.Llama(SHAPES["gqa"])
+        randomise(model)
+        llama.save(model, tmp_path / "base")
+    path = STORIES if base == "stories260K" else tmp_path / "base"
+    samples = tokens_file(tmp_path / "data.jsonl", llama.load(path).config.vocab_size)
+    torch.manual_seed(0)
+    start = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(hf_model(path), start).save_pretrained(tmp_path / "start")
+    expected = hf_curve(path, tmp_path / "start", samples)
+    assert sum(expected[-10:]) < sum(expected[:10])
+
+    for processes in (1, 2):
+        out = tmp_path / f"out{processes}"
+        torchrun(
+            processes,
+            *("--model.path", path, "--data.path", tmp_path / "data.jsonl", "--data.shuffle", "false"),
+            *("--finetune.from_adapter", tmp_path / "start", "--optim.lr", LR, "--optim.weight_decay", 0.01),
+            *("--parallel.precision", "fp32", "--train.max_steps", STEPS, "--train.batch_size", 4 // processes),
+            *("--train.grad_accum", 2, "--train.output_dir", out, "--log.every", 1, "--train.samples", 0),
+        )
+        losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert len(losses) == STEPS
+        assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < CURVE, processes
+        # What was trained is what peft reads: the loss of the trained adapter is the same on both sides.
+        trained = peft.PeftModel.from_pretrained(hf_model(path), out / "adapter")
+        ours = llama.load(path)
+        load_adapter(ours, out / "adapter")
+        ids = torch.tensor([samples[0][0]])
+        with torch.no_grad():
+            assert torch.allclose(ours(ids), trained(ids).logits, atol=1e-4, rtol=0)

@@ -1,0 +1,51 @@
+"""Fold a LoRA adapter into its base and write a plain Hugging Face model directory.
+
+    python -m tools.merge_adapter --model DIR --adapter out/adapter --output merged
+
+Computed in fp32 and rounded once; what the rounding cost is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+import llama
+from fsdp_train.settings import fail
+from llama import InputError
+from llama.files import check_free
+from llama.weight_files import open_weights
+from peft_impl import load_adapter, merge_and_unload
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, merge, save."""
+    parser = argparse.ArgumentParser(prog="python -m tools.merge_adapter", description="Fold a LoRA adapter into its base.")
+    parser.add_argument("--model", required=True, metavar="DIR", help="the base: a Hugging Face or Meta directory")
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="a PEFT LoRA directory")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the merged model goes; must not exist")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the merged weights (default: the base's own)")
+    options = parser.parse_args(arguments)
+    try:
+        check_free(options.output)
+        weights = open_weights(options.model)
+        stored = weights.read(next(iter(weights.shapes))).dtype
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: stored}[options.dtype]
+        model = llama.load(options.model, dtype)
+        load_adapter(model, options.adapter)
+        report = merge_and_unload(model)
+        llama.save(model, options.output, tokenizer_from=options.model)
+    except InputError as error:
+        fail(error)
+    print(
+        f"merged {report.modules} modules into {options.output}, {str(dtype).removeprefix('torch.')}:"
+        f" largest rounding error {report.max_error:.3g}, {100 * report.relative_error:.3g} % of the update lost to rounding"
+    )
+    if report.relative_error > 0.01:
+        print("note: --dtype fp32 keeps the whole update")
+
+
+if __name__ == "__main__":
+    main()
