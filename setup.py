@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 UI = ["tqdm>=4.60", "tensorboard>=2.14", "matplotlib>=3.7"]
-TEST = ["pytest>=8.0", "transformers>=5.0", "peft>=0.20", *UI]
+TEST = ["pytest>=9.0", "transformers>=5.0", "peft>=0.20", *UI]
 
 setup(
     name="llama-fsdp-finetuning",

@@ -15,7 +15,7 @@ from torch import nn
 
 import llama
 from fsdp_train.optim import OptimConfig, build_optimizer
-from fsdp_train.parallel import ParallelConfig, World, checkpoint_activations, compute_dtype, shard
+from fsdp_train.parallel import ParallelConfig, World, checkpoint_activations, chosen_strategy, compute_dtype, shard
 from fsdp_train.settings import option
 from llama import PRESETS, Llama, Tokenizer
 from llama.errors import InputError, nearest
@@ -115,7 +115,7 @@ def wrap_model(
     Raises:
         InputError: a unit would mix trainable and frozen parameters.
     """
-    strategy = parallel.strategy if parallel.strategy != "auto" else ("none" if world.size == 1 else "fsdp")
+    strategy = chosen_strategy(parallel, world)
     wrapped: nn.Module = model
     if strategy == "fsdp":
         wrapped = shard(model, world, compute_dtype(parallel, world.device))

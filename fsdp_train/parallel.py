@@ -67,11 +67,14 @@ class World:
     def sum(self, *values: float | Tensor) -> list[float]:
         """Each value summed over all processes, in float64."""
         total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
-        dist.all_reduce(total)
+        if self.size > 1:
+            dist.all_reduce(total)
         return total.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, by rank."""
+        if self.size == 1:
+            return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
@@ -99,7 +102,7 @@ class World:
 
 @contextmanager
 def process_group(config: ParallelConfig) -> Iterator[World]:
-    """Join the processes that `torchrun` started (or be the only one), on the GPU if there is one.
+    """Join the processes that `torchrun` started, on the GPU if there is one; a single process needs no group, unless for FSDP.
 
     Raises:
         InputError: a strategy that cannot work with this number of processes, or more processes than GPUs.
@@ -122,6 +125,10 @@ def process_group(config: ParallelConfig) -> Iterator[World]:
         device = torch.device("cpu")
         # torchrun sets one thread per process; share the cores of this host between its processes instead.
         torch.set_num_threads(max(1, _cores() // local_size))
+    world = World(rank, size, local_rank, local_size, device)
+    if chosen_strategy(config, world) == "none":
+        yield world
+        return
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=config.timeout)
     if "WORLD_SIZE" in env:
@@ -129,7 +136,7 @@ def process_group(config: ParallelConfig) -> Iterator[World]:
     else:  # python -m fsdp_train.main
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield World(rank, size, local_rank, local_size, device)
+        yield world
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)
         raise
@@ -138,6 +145,13 @@ def process_group(config: ParallelConfig) -> Iterator[World]:
         # which would otherwise let go of its last tensor while the interpreter ends, and abort the process.
         gc.collect()
         dist.destroy_process_group()
+
+
+def chosen_strategy(config: ParallelConfig, world: World) -> str:
+    """What "auto" means for this number of processes."""
+    if config.strategy != "auto":
+        return config.strategy
+    return "none" if world.size == 1 else "fsdp"
 
 
 def _cores() -> int:

@@ -33,7 +33,9 @@ def new_directory(path: str | os.PathLike[str], replace: bool = False) -> Iterat
         raise InputError(f"cannot write below {path.parent}: {error.strerror or error}") from error
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
+        umask = _umask()
+        for made in (temporary, *temporary.rglob("*")):  # temporary and safetensors files are private to begin with
+            made.chmod((0o777 if made.is_dir() else 0o666) & ~umask)
         aside = None
         if path.exists():
             aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,18 @@ def torchrun(processes: int, *flags: object, cwd: Path = ROOT, check: bool = Tru
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
     command += ["-m", "fsdp_train.main", *map(str, flags)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run(
-        command, cwd=cwd, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=SECONDS, check=False
-    )
+    # A session of its own: when the job hangs, its workers are killed with it, and the test fails with what they printed.
+    job = subprocess.Popen(
+        command, cwd=cwd, env={**os.environ, "PYTHONPATH": path}, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        output = job.communicate(timeout=SECONDS)
+    except BaseException as error:
+        os.killpg(job.pid, signal.SIGKILL)
+        output = job.communicate()
+        raise AssertionError(f"{command} did not end in {SECONDS} s: {output[0]}{output[1]}") from error
+    done = subprocess.CompletedProcess(command, job.returncode, *output)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -32,9 +43,16 @@ def torchrun(processes: int, *flags: object, cwd: Path = ROOT, check: bool = Tru
 def spawn(processes: int, worker: Callable[..., Any], *arguments: Any, tmp_path: Path) -> list[Any]:
     """Run `worker(rank, *arguments)` in each of N processes with torchrun's environment; return what they return, by rank.
 
-    Workers return tensors, numbers and containers of them.
+    Workers return tensors, numbers and containers of them. A worker opens `process_group` once: a second one would meet at
+    the same port, where a process that is early finds the first group's server still there, and waits for ever.
     """
-    mp.spawn(_entry, (processes, free_port(), tmp_path, worker, arguments), nprocs=processes)
+    context = mp.spawn(_entry, (processes, free_port(), tmp_path, worker, arguments), nprocs=processes, join=False)
+    deadline = time.monotonic() + SECONDS
+    while not context.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            raise AssertionError(f"{worker.__name__} did not end in {SECONDS} s on {processes} processes")
     return [torch.load(tmp_path / f"result_{rank}.pt", weights_only=False) for rank in range(processes)]
 
 

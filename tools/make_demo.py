@@ -2,7 +2,7 @@
 
     python -m tools.make_demo --output fsdp_train/demo --replace
 
-Everything follows from seeds. It takes about MINUTES minutes on two cores.
+Everything follows from seeds. It takes about eight minutes on two cores.
 """
 
 from __future__ import annotations

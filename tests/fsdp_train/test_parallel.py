@@ -17,7 +17,14 @@ from fsdp_train import parallel
 from fsdp_train.build import wrap_model
 from fsdp_train.data import Dataset, Plan, Sample, collate
 from fsdp_train.optim import OptimConfig
-from fsdp_train.parallel import ParallelConfig, frozen_checksum, full_trainable_state, process_group, sharding_units
+from fsdp_train.parallel import (
+    ParallelConfig,
+    World,
+    frozen_checksum,
+    full_trainable_state,
+    process_group,
+    sharding_units,
+)
 from fsdp_train.train import evaluate, step_seed, train_step
 from llama.errors import InputError
 from peft_impl import LoraConfig, add_adapter, count_parameters
@@ -67,26 +74,27 @@ def whole_batch_gradients(method: str, data: list[Sample]) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def step_gradients(rank: int, method: str, batch: int, accum: int, checkpointing: str, count: int) -> dict[str, Tensor]:
+def step_gradients(world: World, method: str, batch: int, accum: int, checkpointing: str, count: int) -> dict[str, Tensor]:
     """What the program computes: the change that SGD with a rate of one makes, and the norm it reports."""
-    with process_group(ParallelConfig()) as world:
-        model = build(method)
-        before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-        config = ParallelConfig(precision="fp32", activation_checkpointing=checkpointing)  # type: ignore[arg-type]
-        wrapped, _, _ = wrap_model(model, config, OptimConfig(), world)
-        optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=1.0)
-        data = samples(count)
-        plan = Plan(count, batch, accum, world.size, world.rank, 0, shuffle=False)
-        batches = [collate([data[i] for i in indices], world.device) for indices in plan.micro_batches(0)]
-        result = train_step(wrapped.train(), optimizer, batches, world, 0.0, 0)
-        after = full_trainable_state(wrapped, world)
-        if world.rank:
-            return {}
-        return {"norm": torch.tensor(result.grad_norm), **{name: before[name] - after[name] for name in before}}
+    model = build(method)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    config = ParallelConfig(precision="fp32", activation_checkpointing=checkpointing)  # type: ignore[arg-type]
+    wrapped, _, _ = wrap_model(model, config, OptimConfig(), world)
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=1.0)
+    data = samples(count)
+    plan = Plan(count, batch, accum, world.size, world.rank, 0, shuffle=False)
+    batches = [collate([data[i] for i in indices], world.device) for indices in plan.micro_batches(0)]
+    result = train_step(wrapped.train(), optimizer, batches, world, 0.0, 0)
+    after = full_trainable_state(wrapped, world)
+    if world.rank:
+        return {}
+    return {"norm": torch.tensor(result.grad_norm), **{name: before[name] - after[name] for name in before}}
 
 
 def two_process_gradients(rank: int, method: str, checkpointing: str, count: int) -> list[dict[str, Tensor]]:
-    return [step_gradients(rank, method, b // 2 or 1, max(1, 4 // (b // 2 or 1)), checkpointing, count) for b, _ in SPLITS]
+    with process_group(ParallelConfig()) as world:
+        halves = [(batch // 2 or 1, max(1, 4 // (batch // 2 or 1))) for batch, _ in SPLITS]
+        return [step_gradients(world, method, batch, accum, checkpointing, count) for batch, accum in halves]
 
 
 def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -103,7 +111,8 @@ def test_gradients_do_not_depend_on_the_split(method: str, tmp_path: Path) -> No
     for count in (8, 7):  # 7: the last micro-batch is short, a process may have nothing
         expected = whole_batch_gradients(method, samples(count))
         for (batch, accum), checkpointing in zip(SPLITS, ("none", "full", "none"), strict=True):
-            compare(step_gradients(0, method, batch, accum, checkpointing, count), expected)
+            with process_group(ParallelConfig()) as world:
+                compare(step_gradients(world, method, batch, accum, checkpointing, count), expected)
     for rows in spawn(2, two_process_gradients, method, "full", 7, tmp_path=tmp_path)[0]:
         compare(rows, expected)
 
@@ -138,7 +147,7 @@ def test_units_are_layers_and_maximal_trainable_modules() -> None:
 def shards(rank: int) -> dict[str, Any]:
     """What each process holds after sharding, and what the whole looks like from inside."""
     found: dict[str, Any] = {}
-    with process_group(ParallelConfig()) as world:
+    with process_group(ParallelConfig(strategy="fsdp")) as world:
         for method in ("lora", "full"):
             model = build(method)
             trainable, total = count_parameters(model)

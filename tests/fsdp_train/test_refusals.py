@@ -250,7 +250,8 @@ FLAGS: list[tuple[list[str], str]] = [
             "optim.warmup_steps": "-1 0.5", "optim.schedule": "cosin", "train.max_steps": "0 -1 1e3",
             "train.batch_size": "0 1.5", "train.grad_accum": "0", "train.seed": "-1", "train.eval_every": "-1",
             "train.samples": "-1", "train.sample_tokens": "0", "train.exact_match": "-1", "data.max_length": "0 1",
-            "data.shuffle": "yes", "data.eval_fraction": "1.0 -0.1 nan", "checkpoint.every": "-1", "checkpoint.keep": "0", "log.every": "0",
+            "data.shuffle": "yes", "data.eval_fraction": "1.0 -0.1 nan",
+            "checkpoint.every": "-1", "checkpoint.keep": "0", "log.every": "0",
             "parallel.timeout": "0 99999999999999999", "parallel.precision": "fp64", "model.dtype": "fp8",
         }.items()
         for value in values.split()

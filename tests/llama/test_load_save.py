@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -330,3 +331,13 @@ def test_a_model_that_is_not_plain_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"not a plain Llama: model\.layers\.0\.self_attn\.extra\.weight; merge or remove"):
         llama.save(model, tmp_path / "saved")
     assert files_below(tmp_path) == []
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        llama.save(llama.Llama(SHAPES["mha"]), tmp_path / "saved")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "saved").stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "saved").iterdir()} == {0o640}

@@ -13,7 +13,7 @@ import llama
 from llama.weight_files import open_weights
 from peft_impl import LoraConfig, add_adapter, save_adapter
 from tests.oracle import STORIES, hf_model, largest, needs_data
-from tools import convert, demo_corpus, generate, merge_adapter
+from tools import convert, generate, merge_adapter
 
 MERGED = 5e-5  # fp32, merged against unmerged: one product instead of three, logits up to 20 in size
 
@@ -141,25 +141,3 @@ def test_convert_there_and_back(tmp_path: Path) -> None:
         assert torch.equal(tensor, back.state_dict()[name])
     assert open_weights(tmp_path / "hf").read("model.norm.weight").dtype == torch.bfloat16
     assert (tmp_path / "hf" / "tokenizer.model").is_file()
-
-
-def test_demo_asks_only_what_the_base_was_told() -> None:
-    """Held-out people are asked about nowhere in training, and each of their facts is told in the base's texts."""
-    train, held_out = demo_corpus.questions(held_out=False), demo_corpus.questions(held_out=True)
-    assert (len(train), len(held_out)) == (192 * 5, 48 * 5)
-    people = demo_corpus.people()
-    asked = {name for name in people for record in held_out if name in record["instruction"]}
-    assert len(asked) == demo_corpus.HELD_OUT
-    assert not any(name in record["instruction"] for name in asked for record in train)
-    told = " ".join(demo_corpus.texts(seed=1, count=3000))
-    assert "?" not in told
-    for name in asked:
-        for kind, value in people[name].items():
-            forms = [
-                form.format(name=name, who=name, value=value)
-                for form in demo_corpus.TOLD[kind]
-                if "{name}" in form or "{who}" in form
-            ]
-            forms += [f"{demo_corpus.INDIRECT[kind].format(name=name)} {said} {value}." for said in demo_corpus.SAID]
-            assert any(form in told for form in forms)
-            assert {"instruction": demo_corpus.ASKED[kind].format(name=name), "input": "", "output": value} in held_out
