@@ -19,9 +19,9 @@ from fsdp_train.parallel import ParallelConfig, World, checkpoint_activations, c
 from fsdp_train.settings import option
 from llama import PRESETS, Llama, Tokenizer
 from llama.errors import InputError, nearest
-from peft_impl import LoraConfig, add_adapter, load_adapter
+from peft_impl import LlamaAdapterConfig, LoraConfig, PrefixTuningConfig, add_adapter, load_adapter
 
-ADAPTER_METHODS = ("lora",)
+ADAPTER_METHODS = ("lora", "llama_adapter", "prefix")
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,13 @@ class ModelConfig:
 class FinetuneConfig:
     """What trains."""
 
-    method: Literal["lora", "full"] = option("lora", "lora: a low-rank adapter on the frozen base; full: all weights")
+    method: Literal["lora", "llama_adapter", "prefix", "full"] = option(
+        "lora", "an adapter on the frozen base: lora, llama_adapter or prefix; or all weights: full"
+    )
     from_adapter: str = option("", "continue from this PEFT adapter directory, with its own settings", "DIR")
     lora: LoraConfig = field(default_factory=LoraConfig)
+    llama_adapter: LlamaAdapterConfig = field(default_factory=LlamaAdapterConfig)
+    prefix: PrefixTuningConfig = field(default_factory=PrefixTuningConfig)
 
     def __post_init__(self) -> None:
         if self.from_adapter and self.method not in ADAPTER_METHODS:
@@ -103,7 +107,7 @@ def build_model(model_config: ModelConfig, finetune: FinetuneConfig, seed: int, 
     if finetune.from_adapter:
         load_adapter(model, finetune.from_adapter, trainable=True)
     elif not full:
-        add_adapter(model, finetune.lora, seed=seed)
+        add_adapter(model, getattr(finetune, finetune.method), seed=seed)
     return model
 
 

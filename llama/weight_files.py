@@ -11,6 +11,7 @@ import re
 import zipfile
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -186,18 +187,27 @@ class MetaWeights(Weights):
 
 
 def load_pickled(path: Path) -> dict[str, Tensor]:
-    """The flat dictionary of tensors in a `.bin` or `.pth` file, memory-mapped where the format allows.
+    """The flat dictionary of tensors in a `.bin` or `.pth` file.
 
     Raises:
-        InputError: damaged, or holding anything but a dictionary of tensors. Nothing is executed (`weights_only`).
+        InputError: as `unpickled`, or the file holds anything but a dictionary of tensors.
+    """
+    loaded = unpickled(path)
+    if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()):
+        raise InputError(f"{path} holds something other than a flat dictionary of tensors")
+    return loaded
+
+
+def unpickled(path: Path) -> Any:
+    """What a file of `torch.save` holds, memory-mapped where the format allows.
+
+    Raises:
+        InputError: missing, damaged, or holding more than tensors and plain containers. Nothing is executed (`weights_only`).
     """
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except Exception as error:  # a damaged pickle can fail in any way: IndexError, KeyError, struct.error, BadZipFile, ...
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} is damaged or holds more than tensors: {reason}") from None
-    if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()):
-        raise InputError(f"{path} holds something other than a flat dictionary of tensors")
-    return loaded

@@ -2,22 +2,29 @@
 
 from peft_impl.adapters import add_adapter, remove_adapter, set_adapter
 from peft_impl.freeze import count_parameters, trainable_table
+from peft_impl.llama_adapter import LlamaAdapterConfig
 from peft_impl.lora import LoraConfig
 from peft_impl.merge import MergeReport, merge, merge_and_unload, unmerge
+from peft_impl.official_llama_adapter import load_official, to_peft_form
 from peft_impl.peft_files import load_adapter, read_adapter, save_adapter
+from peft_impl.prefix_tuning import PrefixTuningConfig
 
 __all__ = [
+    "LlamaAdapterConfig",
     "LoraConfig",
     "MergeReport",
+    "PrefixTuningConfig",
     "add_adapter",
     "count_parameters",
     "load_adapter",
+    "load_official",
     "merge",
     "merge_and_unload",
     "read_adapter",
     "remove_adapter",
     "save_adapter",
     "set_adapter",
+    "to_peft_form",
     "trainable_table",
     "unmerge",
 ]

@@ -2,20 +2,21 @@
 
     add_adapter(model, LoraConfig(r=8), "math")       # edits the model in place and freezes the base
     set_adapter(model, None)                          # the bare base, bit for bit
+    set_adapter(model, ["math", None, "chat"])        # one adapter, or none, for each row of the batch
     remove_adapter(model, "math")                     # as if it had never been there
 
 A method is a `Method` in its own file: its configuration, how it attaches to a model, and which of its parameters goes
-under which key of a PEFT file. Adapters are modules inside the model; which one is active stands in `model.adapters`,
-one plain object that all of them share.
+under which key of a PEFT file. Adapters are modules inside the model; which of them a row goes through stands in
+`model.adapters`, one plain object that all of them share.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +25,54 @@ from llama import Llama
 from llama.errors import InputError, listing, nearest
 
 
+def option(default: Any, help: str) -> Any:
+    """A field of a method's configuration with its line of help, which the training program shows beside its flag."""
+    return field(default=default, metadata={"help": help})
+
+
+Choice = str | None | tuple[str | None, ...]  # one adapter (or none) for all rows, or one entry per row
+
+
 @dataclass
 class Adapters:
-    """Which adapters a model has, which one its rows go through, and which one is merged into the base.
+    """Which adapters a model has, which of them its rows go through, and which one is merged into the base.
 
     Attributes:
+        seeds: what each adapter's start was drawn from.
+        active: set by `set_adapter`; it must stay until backward is done, since recomputation in backward reads it again.
         kept: while one is merged, the base's own weights: (parameter, its tensor before the merge).
     """
 
     configs: dict[str, Any] = field(default_factory=dict)
-    active: str | None = None
+    seeds: dict[str, int] = field(default_factory=dict)
+    active: Choice = None
     merged: str | None = None
     kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _masks: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
+
+    def choose(self, active: Choice) -> None:
+        """Change the choice."""
+        self.active = active
+        self._masks.clear()
+
+    def rows(self, name: str, like: Tensor) -> bool | Tensor:
+        """Which rows of `like` (B, ...) go through adapter `name`: all (True), none (False), or a mask (B, 1, ...).
+
+        With a choice per row every resident adapter gets a mask, be it all False: each process of a sharded model then
+        makes the same calls, whatever its rows are.
+
+        Raises:
+            InputError: the choice is of another number of rows.
+        """
+        if self.merged is not None:
+            return False
+        if not isinstance(self.active, tuple):
+            return self.active == name
+        if len(self.active) != len(like):
+            raise InputError(f"set_adapter chose for {len(self.active)} rows, but the batch has {len(like)}")
+        if (name, like.device) not in self._masks:  # once per choice, not once per module: on a GPU it is a copy
+            self._masks[name, like.device] = torch.tensor([row == name for row in self.active], device=like.device)
+        return self._masks[name, like.device].view(-1, *[1] * (like.dim() - 1))
 
     def check_name(self, name: str) -> None:
         """Raise InputError unless `name` is an adapter of this model."""
@@ -56,30 +93,52 @@ class AdapterLeaf(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no initialisation")
 
 
+def select(rows: bool | Tensor, adapted: Tensor, plain: Tensor) -> Tensor:
+    """`adapted` in the rows (see `Adapters.rows`) that go through an adapter, `plain` in the others."""
+    return adapted if rows is True else torch.where(cast(Tensor, rows), adapted, plain)
+
+
+Pack = Callable[[Llama, str, Mapping[str, Tensor]], dict[str, Tensor]]
+
+
 @dataclass(frozen=True)
 class Method:
     """What the rest of the program needs to know of a PEFT method.
 
     Attributes:
         config: the configuration's dataclass.
-        peft_type: PEFT's name of the method, as in `adapter_config.json`.
         attach: (model, config, name) -> the new leaves by module path; checks the configuration against the model first.
         detach: (model, name) -> None; the exact inverse.
-        tensors: (model, name) -> {key in a PEFT file: parameter name in the model}, complete.
-        to_peft: (model, config) -> the contents of `adapter_config.json` that are the method's own.
+        pack: (model, name, parameters by name) -> the tensors of a PEFT file by key, complete.
+        unpack: (model, name, tensors by key) -> parameters by name, the inverse.
+        to_peft: (model, config) -> the contents of `adapter_config.json`, its `peft_type` included.
         from_peft: (found, where) -> config; refuses what is not implemented.
+        fits: (model, found, where) -> None; refuses a file that says it belongs to another base.
     """
 
     config: type
-    peft_type: str
     attach: Callable[[Llama, Any, str], dict[str, AdapterLeaf]]
     detach: Callable[[Llama, str], None]
-    tensors: Callable[[Llama, str], dict[str, str]]
+    pack: Pack
+    unpack: Pack
     to_peft: Callable[[Llama, Any], dict[str, Any]]
     from_peft: Callable[[dict[str, Any], str], Any]
+    fits: Callable[[Llama, dict[str, Any], str], None] = lambda model, found, where: None
 
 
-METHODS: dict[str, Method] = {}  # by PEFT's name; each method's file registers its own
+def renamed(names: Callable[[Llama, str], dict[str, str]]) -> tuple[Pack, Pack]:
+    """`pack` and `unpack` of a method whose files hold its parameters as they are; `names` maps key to parameter name."""
+
+    def pack(model: Llama, name: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: parameters[own] for key, own in names(model, name).items()}
+
+    def unpack(model: Llama, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {own: tensors[key] for key, own in names(model, name).items()}
+
+    return pack, unpack
+
+
+METHODS: dict[str, Method] = {}  # by the `peft_type` of its files; each method's file registers its own
 
 
 def method_of(config: Any) -> Method:
@@ -87,7 +146,7 @@ def method_of(config: Any) -> Method:
     for method in METHODS.values():
         if isinstance(config, method.config):
             return method
-    known = listing(method.config.__name__ for method in METHODS.values())
+    known = listing(dict.fromkeys(method.config.__name__ for method in METHODS.values()))
     raise InputError(f"{type(config).__name__} is not the configuration of an adapter; expected {known}")
 
 
@@ -130,24 +189,51 @@ def add_adapter(model: Llama, config: Any, name: str = "default", seed: int = 0)
             parameter.requires_grad_(True)
         raise
     for path, leaf in leaves.items():
-        digest = hashlib.blake2b(f"{seed}/{path}".encode(), digest_size=8).digest()
-        leaf.reset_parameters(torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big")))
-    state.configs[name] = config
-    state.active = name
+        leaf.reset_parameters(_generator(seed, path))
+    state.configs[name], state.seeds[name] = config, seed
+    state.choose(name)
 
 
-def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Let every row of a batch go through the adapter `name`, or through the bare base with None.
+def _generator(seed: int, path: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{path}".encode(), digest_size=8).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
+
+
+@torch.no_grad()
+def is_untrained(model: nn.Module, name: str) -> bool:
+    """Whether every leaf of adapter `name` is still what `add_adapter` made it: it draws each start again and compares."""
+    for path, leaf in model.named_modules():
+        if isinstance(leaf, AdapterLeaf) and path.endswith(f".{name}"):
+            now = [parameter.clone() for parameter in leaf.parameters()]
+            leaf.reset_parameters(_generator(adapters_of(model).seeds[name], path.rsplit(".", 2)[0]))
+            same = all(torch.equal(a, b) for a, b in zip(now, leaf.parameters(), strict=True))
+            for parameter, value in zip(leaf.parameters(), now, strict=True):
+                parameter.copy_(value)
+            if not same:
+                return False
+    return True
+
+
+def set_adapter(model: nn.Module, name: str | Sequence[str | None] | None) -> None:
+    """Let every row of a batch go through the adapter `name`, or through the bare base with None, or each through its own.
+
+    Costs no copy of the base. Processes that share a sharded model must all choose one for all rows, or all per row; which
+    rows they choose is then free.
+
+    Args:
+        name: one adapter, None, or one entry per row of the batches to come. It must stay until backward is done.
 
     Raises:
         InputError: no such adapter, or one is merged.
     """
     state = adapters_of(model)
-    if name is not None:
-        state.check_name(name)
+    names = [name] if name is None or isinstance(name, str) else list(name)
+    for one in names:
+        if one is not None:
+            state.check_name(one)
     if state.merged is not None:
         raise InputError(f"adapter {state.merged!r} is merged into the base; unmerge it before choosing")
-    state.active = name
+    state.choose(name if name is None or isinstance(name, str) else tuple(names))
 
 
 def remove_adapter(model: Llama, name: str) -> None:
@@ -161,8 +247,8 @@ def remove_adapter(model: Llama, name: str) -> None:
     if state.merged is not None:
         raise InputError(f"adapter {state.merged!r} is merged into the base; unmerge it before removing one")
     method_of(state.configs[name]).detach(model, name)
-    del state.configs[name]
-    if state.active == name:
-        state.active = None
+    del state.configs[name], state.seeds[name]
+    if state.active == name or (isinstance(state.active, tuple) and name in state.active):
+        state.choose(None)
     if not state.configs:
         del model.adapters

@@ -22,13 +22,9 @@ from torch import Tensor, nn
 from llama import Llama
 from llama.errors import InputError, listing
 from llama.model import Linear
-from peft_impl.adapters import METHODS, AdapterLeaf, Adapters, Method, adapters_of
+from peft_impl.adapters import METHODS, AdapterLeaf, Adapters, Method, adapters_of, option, renamed, select
 from peft_impl.modules_to_save import Replaceable, attach_copies, detach_copies
 from peft_impl.targets import check_pattern, linear_targets, pattern_value, saved_targets
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -39,20 +35,20 @@ class LoraConfig:
         InputError: a value outside its range, naming the field.
     """
 
-    r: int = _option(8, "rank of the update")
-    lora_alpha: float = _option(16, "the update is scaled by lora_alpha / r")
-    lora_dropout: float = _option(0.0, "dropout probability on the update's input")
-    target_modules: tuple[str, ...] | str = _option(
+    r: int = option(8, "rank of the update")
+    lora_alpha: float = option(16, "the update is scaled by lora_alpha / r")
+    lora_dropout: float = option(0.0, "dropout probability on the update's input")
+    target_modules: tuple[str, ...] | str = option(
         ("q_proj", "v_proj"), "names, separated by commas; or all-linear; or a regular expression for whole module paths"
     )
-    layers_to_transform: tuple[int, ...] | None = _option(None, "only these decoder layers, separated by commas")
+    layers_to_transform: tuple[int, ...] | None = option(None, "only these decoder layers, separated by commas")
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "other ranks by module, q_proj=16,layers.0.*=4"}
     )
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "other values of lora_alpha by module"})
-    modules_to_save: tuple[str, ...] = _option((), "modules trained whole beside the updates, such as lm_head")
-    use_rslora: bool = _option(False, "scale by lora_alpha / sqrt(r) instead")
-    use_dora: bool = _option(False, "train a magnitude per output row too (DoRA)")
+    modules_to_save: tuple[str, ...] = option((), "modules trained whole beside the updates, such as lm_head")
+    use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) instead")
+    use_dora: bool = option(False, "train a magnitude per output row too (DoRA)")
 
     def __post_init__(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
@@ -153,10 +149,11 @@ class LoRALinear(Linear):
     adapters: Adapters
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        name = self.adapters.active
-        if name is not None and name in self.lora and self.adapters.merged is None:
-            y = y + self.lora[name](x, y, self.weight)
+        base = y = super().forward(x)
+        for name, leaf in self.lora.items():
+            rows = self.adapters.rows(name, x)
+            if rows is not False:
+                y = select(rows, base + leaf(x, base, self.weight), y)
         return y
 
 
@@ -198,7 +195,8 @@ def _detach(model: Llama, name: str) -> None:
 _KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 
-def _tensors(model: Llama, name: str) -> dict[str, str]:
+def _names(model: Llama, name: str) -> dict[str, str]:
+    """Key in a PEFT file -> name of the parameter."""
     found = {}
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear) and name in module.lora:
@@ -216,7 +214,7 @@ def _to_peft(model: Llama, config: LoraConfig) -> dict[str, Any]:
         paths = linear_targets(model, "all-linear", None, saved_targets(model, config.modules_to_save))
         written["target_modules"] = sorted({path.rpartition(".")[2] for path in paths})
     written["modules_to_save"] = config.modules_to_save or None
-    return {**written, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True}
+    return {**written, "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True}
 
 
 # PEFT's fields with the values that leave the function as it is here; any other value is refused.
@@ -252,4 +250,4 @@ def _from_peft(found: dict[str, Any], where: str) -> LoraConfig:
         raise InputError(f"{where}: {error}") from None
 
 
-METHODS["LORA"] = Method(LoraConfig, "LORA", _attach, _detach, _tensors, _to_peft, _from_peft)
+METHODS["LORA"] = Method(LoraConfig, _attach, _detach, *renamed(_names), _to_peft, _from_peft)

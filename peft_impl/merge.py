@@ -14,7 +14,7 @@ from torch import Tensor
 from llama import Llama
 from llama.errors import InputError
 from peft_impl.adapters import adapters_of, remove_adapter
-from peft_impl.lora import LoRALinear
+from peft_impl.lora import LoraConfig, LoRALinear
 from peft_impl.modules_to_save import Replaceable
 
 
@@ -41,13 +41,16 @@ def merge(model: Llama, name: str = "default") -> MergeReport:
     removed.
 
     Raises:
-        InputError: no such adapter, one is merged already, the result is not finite, or a trained copy of a tied head
-            or embedding would have to change both.
+        InputError: no such adapter, or it is no LoRA; one is merged already; the result is not finite; or a trained copy of a
+            tied head or embedding would have to change both.
     """
     state = adapters_of(model)
     state.check_name(name)
     if state.merged is not None:
         raise InputError(f"adapter {state.merged!r} is merged already; a second merge would add its update twice")
+    if not isinstance(state.configs[name], LoraConfig):
+        kind = type(state.configs[name]).__name__.removesuffix("Config")
+        raise InputError(f"adapter {name!r} is no LoRA but a {kind}, which no change of the base's weights can replace")
     tied = {"lm_head", "model.embed_tokens"} if model.config.tie_word_embeddings else set()
     modules, max_error, lost, wanted = 0, 0.0, 0.0, 0.0
     replaced: list[tuple[Tensor, Tensor]] = []

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llama import Llama
 from llama.errors import InputError, listing
-from peft_impl.adapters import Adapters
+from llama.loss import IGNORE
+from peft_impl.adapters import Adapters, select
 
 
 class Replaceable(nn.Module):
-    """Mixed into a module's class: its forward goes to the active adapter's copy of it, if there is one."""
+    """Mixed into a module's class: its forward goes, row by row, to the chosen adapter's copy of it, if there is one."""
 
     copies: nn.ModuleDict
     adapters: Adapters
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        name = self.adapters.active
-        if name is not None and name in self.copies and self.adapters.merged is None:
-            return self.copies[name](*args, **kwargs)
-        return super().forward(*args, **kwargs)
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """As the module itself; with `labels` (the head's), the sum over rows of the loss of each row's own copy."""
+        base, given = super().forward, (x,) if labels is None else (x, labels)
+        used = {name: rows for name in self.copies if (rows := self.adapters.rows(name, x)) is not False}
+        for name, rows in used.items():
+            if rows is True:
+                return cast(Tensor, self.copies[name](*given))
+        masks = {name: cast(Tensor, rows) for name, rows in used.items()}
+        if masks and labels is not None:
+            rows_of = {name: mask.view(-1, 1) for name, mask in masks.items()}
+            others = ~torch.stack(list(rows_of.values())).any(0)
+            loss = base(x, labels.masked_fill(~others, IGNORE))
+            for name, rows in rows_of.items():
+                loss = loss + self.copies[name](x, labels.masked_fill(~rows, IGNORE))
+            return cast(Tensor, loss)
+        y = base(*given)
+        for name, mask in masks.items():  # a token id has one dimension less than its vector
+            y = select(mask.view(-1, *[1] * (y.dim() - 1)), self.copies[name](x), y)
+        return cast(Tensor, y)
 
 
 def attach_copies(model: Llama, paths: list[str], name: str, adapters: Adapters) -> None:

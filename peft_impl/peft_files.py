@@ -24,7 +24,7 @@ from llama import Llama
 from llama.errors import InputError, listing, nearest
 from llama.files import new_directory, read_json, write_json
 from llama.weight_files import load_pickled
-from peft_impl.adapters import METHODS, adapters_of, add_adapter, method_of, remove_adapter
+from peft_impl.adapters import METHODS, adapters_of, add_adapter, is_untrained, method_of, remove_adapter
 
 CONFIG_FILE, WEIGHTS_FILE, LEGACY_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -55,16 +55,15 @@ def save_adapter(
     config = adapters_of(model).configs[name]
     method = method_of(config)
     source = dict(model.named_parameters()) if state is None else state
-    names = method.tensors(model, name)
-    tensors = {key: source[own].detach().cpu().contiguous() for key, own in names.items()}
+    with torch.no_grad():
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in method.pack(model, name, source).items()}
     if wrong := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise InputError(f"adapter {name!r} is not finite and is not saved: {listing(wrong)}")
-    if all(not tensor.any() for key, tensor in tensors.items() if "lora_B" in key):
-        warnings.warn(f"adapter {name!r} has no effect: every lora_B is zero, so it was never trained", stacklevel=2)
+    if state is None and is_untrained(model, name):
+        warnings.warn(f"adapter {name!r} was never trained: it is what add_adapter made it", stacklevel=2)
     with new_directory(path, replace) as temporary:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         common = {
-            "peft_type": method.peft_type,
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base,
             "inference_mode": True,
@@ -109,25 +108,25 @@ def load_adapter(model: Llama, path: str | os.PathLike[str], name: str = "defaul
             is then as it was.
     """
     config, tensors = read_adapter(path)
+    method_of(config).fits(model, read_json(Path(path) / CONFIG_FILE), str(Path(path) / CONFIG_FILE))
     active, required = adapters_of(model).active, {n: p.requires_grad for n, p in model.named_parameters()}
     try:
         add_adapter(model, config, name)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    parameters = dict(model.named_parameters())
-    names = method_of(config).tensors(model, name)
+    parameters, method = dict(model.named_parameters()), method_of(config)
     try:
-        _compare({key: parameters[own] for key, own in names.items()}, tensors, Path(path))
+        with torch.no_grad():
+            _compare(method.pack(model, name, parameters), tensors, Path(path))
     except InputError:
         remove_adapter(model, name)
         for own, parameter in model.named_parameters():
             parameter.requires_grad_(required[own])
-        if active is not None:
-            adapters_of(model).active = active
+        adapters_of(model).choose(active)
         raise
     with torch.no_grad():
-        for key, own in names.items():
-            parameters[own].copy_(tensors[key])
+        for own, tensor in method.unpack(model, name, tensors).items():
+            parameters[own].copy_(tensor)
             parameters[own].requires_grad_(trainable)
 
 

@@ -6,20 +6,17 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-import llama
 from fsdp_train import parallel
 from fsdp_train.build import wrap_model
-from fsdp_train.data import Dataset, Plan, Sample, collate
+from fsdp_train.data import Dataset, Plan, collate
 from fsdp_train.optim import OptimConfig
 from fsdp_train.parallel import (
     ParallelConfig,
-    World,
     frozen_checksum,
     full_trainable_state,
     process_group,
@@ -27,83 +24,18 @@ from fsdp_train.parallel import (
 )
 from fsdp_train.train import evaluate, step_seed, train_step
 from llama.errors import InputError
-from peft_impl import LoraConfig, add_adapter, count_parameters
+from peft_impl import count_parameters
+from tests.fsdp_train.common import build, compare, samples, step_gradients, whole_batch_gradients
 from tests.launch import spawn
-from tests.oracle import SHAPES, randomise
 
-GRADIENT = 1e-6  # fp32: other orders of summation
 BF16_CURVE = 5e-3  # other batch shapes take other bf16 kernels, and each half's gradient is rounded before they are added
-LORA = LoraConfig(r=4, target_modules="all-linear", modules_to_save=("lm_head",))
 SPLITS = ((8, 1), (4, 2), (1, 8))  # samples per step and process x micro-batches, for 8 samples in all
-
-
-def samples(count: int, seed: int = 0) -> list[Sample]:
-    """Ragged, with masked prompts of ragged lengths."""
-    rng = np.random.default_rng(seed)
-    made = []
-    for index in range(count):
-        ids = rng.integers(3, 97, rng.integers(4, 30)).astype(np.int32)
-        prompt = int(rng.integers(1, len(ids) - 1))
-        made.append(Sample(str(index), ids, np.where(np.arange(len(ids)) < prompt, -100, ids).astype(np.int32), prompt))
-    return made
-
-
-def build(method: str, shape: str = "gqa", dtype: torch.dtype = torch.float32) -> llama.Llama:
-    """A random model ready to train; an adapter's parameters are random too, so that every one has a gradient."""
-    model = llama.Llama(SHAPES[shape])
-    randomise(model)
-    if method == "lora":
-        model.to(dtype)
-        add_adapter(model, LORA)
-        generator = torch.Generator().manual_seed(5)
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
-def whole_batch_gradients(method: str, data: list[Sample]) -> dict[str, Tensor]:
-    """The oracle: one forward and backward over everything, plain mean over targets, no program code but the model."""
-    model = build(method)
-    loss, targets = torch.zeros(()), 0
-    for sample in data:
-        ids, labels = torch.tensor(sample.ids)[None].long(), torch.tensor(sample.labels)[None].long()
-        logits = model(ids)[0, :-1]
-        loss = loss + nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum")
-        targets += int((labels[0, 1:] != -100).sum())
-    (loss / targets).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def step_gradients(world: World, method: str, batch: int, accum: int, checkpointing: str, count: int) -> dict[str, Tensor]:
-    """What the program computes: the change that SGD with a rate of one makes, and the norm it reports."""
-    model = build(method)
-    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    config = ParallelConfig(precision="fp32", activation_checkpointing=checkpointing)  # type: ignore[arg-type]
-    wrapped, _, _ = wrap_model(model, config, OptimConfig(), world)
-    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=1.0)
-    data = samples(count)
-    plan = Plan(count, batch, accum, world.size, world.rank, 0, shuffle=False)
-    batches = [collate([data[i] for i in indices], world.device) for indices in plan.micro_batches(0)]
-    result = train_step(wrapped.train(), optimizer, batches, world, 0.0, 0)
-    after = full_trainable_state(wrapped, world)
-    if world.rank:
-        return {}
-    return {"norm": torch.tensor(result.grad_norm), **{name: before[name] - after[name] for name in before}}
 
 
 def two_process_gradients(rank: int, method: str, checkpointing: str, count: int) -> list[dict[str, Tensor]]:
     with process_group(ParallelConfig()) as world:
         halves = [(batch // 2 or 1, max(1, 4 // (batch // 2 or 1))) for batch, _ in SPLITS]
         return [step_gradients(world, method, batch, accum, checkpointing, count) for batch, accum in halves]
-
-
-def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert set(found) == {"norm", *expected}
-    norm = torch.stack([g.double().pow(2).sum() for g in expected.values()]).sum().sqrt()
-    assert abs(found["norm"] - norm) < 1e-5 * norm
-    worst = max((found[name] - expected[name]).abs().max().item() for name in expected)
-    assert worst < GRADIENT
-    assert all(gradient.any() for gradient in expected.values())
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -7,49 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import llama
 from llama import InputError, LlamaConfig
 from llama.config_files import config_from_meta, config_to_meta
 from llama.meta import to_hf_rows, to_meta_rows
 from tests.llama.common import differing, files_below, tiny, token_ids
-from tests.llama.meta_files import MODELS, ROWS, meta_tensors, write_meta
+from tests.llama.meta_files import MODELS, ROWS, meta_forward, meta_tensors, write_meta
 from tests.oracle import largest
 
 FP64_ROUNDING = 1e-10  # complex multiplication and HF's half rotation in float64, through three layers
-
-
-def meta_forward(params: dict[str, Any], w: dict[str, Tensor], ids: Tensor) -> Tensor:
-    """Meta's forward pass in float64: pairs (2i, 2i+1) of a head are complex numbers, turned by the rotary angle."""
-    w = {name: tensor.double() for name, tensor in w.items()}
-    B, T = ids.shape
-    D = params["dim"] // params["n_heads"]
-    angles = torch.arange(T).double()[:, None] * params.get("rope_theta", 10000.0) ** (-torch.arange(0, D, 2).double() / D)
-    turn = torch.polar(torch.ones_like(angles), angles)[:, None]  # (T, 1, D/2)
-
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return x / (x.pow(2).mean(-1, keepdim=True) + params["norm_eps"]).sqrt() * weight
-
-    def heads(x: Tensor, weight: Tensor, rotary: bool) -> Tensor:
-        y = (x @ weight.t()).view(B, T, -1, D)
-        if rotary:
-            y = torch.view_as_real(torch.view_as_complex(y.view(B, T, -1, D // 2, 2)) * turn).flatten(3)
-        return y.repeat_interleave(params["n_heads"] // y.shape[2], dim=2).transpose(1, 2)  # (B, H, T, D)
-
-    x = w["tok_embeddings.weight"][ids]
-    for i in range(params["n_layers"]):
-        layer = {name.removeprefix(f"layers.{i}.").removesuffix(".weight"): w[name] for name in w if f"layers.{i}." in name}
-        h = norm(x, layer["attention_norm"])
-        q, k = heads(h, layer["attention.wq"], True), heads(h, layer["attention.wk"], True)
-        scores = (q @ k.mT / D**0.5).masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf)
-        y = (scores.softmax(-1) @ heads(h, layer["attention.wv"], False)).transpose(1, 2).reshape(B, T, -1)
-        x = x + y @ layer["attention.wo"].t()
-        h = norm(x, layer["ffn_norm"])
-        h = F.silu(h @ layer["feed_forward.w1"].t()) * (h @ layer["feed_forward.w3"].t())
-        x = x + h @ layer["feed_forward.w2"].t()
-    return norm(x, w["norm.weight"]) @ w["output.weight"].t()
 
 
 CASES = [("mha", 1), ("mha", 2), ("mha", 8), ("gqa", 1), ("gqa", 2), ("70b", 1), ("70b", 8)]

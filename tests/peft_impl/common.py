@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
 from torch import Tensor, nn
 
 from llama import Llama
-from peft_impl import LoraConfig, add_adapter
+from peft_impl import LlamaAdapterConfig, LoraConfig, PrefixTuningConfig, add_adapter
 from peft_impl.adapters import AdapterLeaf, adapters_of, method_of
 from tests.oracle import SHAPES, hf_model, randomise
 
@@ -36,6 +36,16 @@ CASES: dict[str, dict[str, Any]] = {
     "embedding": {"modules_to_save": ["embed_tokens"]},
     "dora and head": {"use_dora": True, "modules_to_save": ["lm_head"], "target_modules": ["o_proj"]},
 }
+
+
+ANY_METHOD = (  # one configuration of each
+    LoraConfig(),
+    LoraConfig(use_dora=True),
+    LlamaAdapterConfig(adapter_len=4, adapter_layers=2),
+    LlamaAdapterConfig(4, 3, "head", "tanh"),
+    PrefixTuningConfig(num_virtual_tokens=5),
+    PrefixTuningConfig(4, prefix_projection=True, encoder_hidden_size=24),
+)
 
 
 def lora_config(**settings: Any) -> LoraConfig:
@@ -88,8 +98,8 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 def peft_keys(model: Llama, name: str = "default") -> dict[str, nn.Parameter]:
     """The adapter's parameters by their keys in a PEFT file."""
-    own = dict(model.named_parameters())
-    return {key: own[value] for key, value in method_of(adapters_of(model).configs[name]).tensors(model, name).items()}
+    packed = method_of(adapters_of(model).configs[name]).pack(model, name, dict(model.named_parameters()))
+    return cast(dict[str, nn.Parameter], packed)
 
 
 def peft_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

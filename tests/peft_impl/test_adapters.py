@@ -188,7 +188,7 @@ def test_wrong_names_are_refused() -> None:
     for action in (set_adapter, remove_adapter, lambda m, n: save_adapter(m, "never", n)):
         with pytest.raises(InputError, match="it has maths - did you mean 'maths'"):
             action(model, "math")
-    with pytest.raises(InputError, match="dict is not the configuration of an adapter; expected LoraConfig"):
+    with pytest.raises(InputError, match="dict is not the configuration of an adapter; expected LlamaAdapterConfig, Lo"):
         add_adapter(model, {"r": 8}, "other")
     assert list(adapters_of(model).configs) == ["maths"]
 

@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,19 @@ from llama.errors import InputError
 from peft_impl import LoraConfig, add_adapter, load_adapter, read_adapter, save_adapter
 from peft_impl.adapters import adapters_of
 from tests.oracle import SHAPES
-from tests.peft_impl.common import CASES, IDS, adapted, assert_same, lora_config, peft_keys, peft_model, snapshot, tiny
+from tests.peft_impl.common import (
+    ANY_METHOD,
+    CASES,
+    IDS,
+    adapted,
+    assert_same,
+    lora_config,
+    peft_keys,
+    peft_model,
+    perturb,
+    snapshot,
+    tiny,
+)
 
 A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 B2 = "base_model.model.model.layers.2.self_attn.v_proj.lora_B.weight"
@@ -143,14 +156,18 @@ def test_what_is_not_finite_is_not_saved(tmp_path: Path, value: float) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_untrained_adapter_warns(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", ANY_METHOD, ids=repr)
+def test_an_untrained_adapter_warns(config: Any, tmp_path: Path) -> None:
     model = tiny()
-    add_adapter(model, LoraConfig())
-    with pytest.warns(UserWarning, match="'default' has no effect: every lora_B is zero"):
+    add_adapter(model, config, seed=7)
+    before = snapshot(model)
+    with pytest.warns(UserWarning, match="'default' was never trained"):
         save_adapter(model, tmp_path / "adapter")
+    assert_same(snapshot(model), before)  # the start was drawn again to compare, and taken back
+    perturb(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        save_adapter(adapted(), tmp_path / "trained")
+        save_adapter(model, tmp_path / "trained")
 
 
 @pytest.mark.parametrize("failure", ["weights", "config", "damaged"])
