@@ -53,6 +53,7 @@ def load_official(
         InputError: a damaged file, missing gates, sizes of another base, values that are not finite, or tensors that are
             neither the adapter's nor a Llama's.
     """
+    LlamaAdapterConfig(adapter_len)  # refuses what is no length
     tensors = _adapter_tensors(Path(path))
     query, config = tensors.pop(_QUERY), model.config
     if query.dim() != 2 or query.shape[1] != config.hidden_size or query.shape[0] % adapter_len:

@@ -2,6 +2,7 @@
 
 python -m tools.generate --model DIR --prompt "Once upon a time"
 python -m tools.generate --model DIR --adapter out/adapter --template alpaca --prompt "Name three fruits."
+python -m tools.generate --model DIR --adapter math=DIR --adapter chat=DIR --prompt math:"2 + 3 =" --prompt chat:"Hello"
 python -m tools.generate --model DIR --chat                    # a conversation; an empty line ends it
 """
 
@@ -11,6 +12,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -18,14 +20,18 @@ import llama
 from fsdp_train.settings import fail
 from fsdp_train.templates import alpaca_prompt, encode_prompt
 from llama import InputError, Llama, StreamDecoder, Tokenizer, chat_prompt, generate_steps
-from peft_impl import load_adapter
+from llama.errors import nearest
+from peft_impl import load_adapter, set_adapter
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, load, generate."""
     parser = argparse.ArgumentParser(prog="python -m tools.generate", description="Continue prompts, or chat.")
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face or Meta directory")
-    parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter directory")
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="[NAME=]DIR",
+        help="PEFT adapter directory; with names, several are loaded, and NAME: before a prompt chooses one",
+    )  # fmt: skip
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.model (default: the model's directory)")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times: answered as one batch")
     parser.add_argument("--input", default="", metavar="TEXT", help="the Alpaca template's input")
@@ -53,16 +59,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         tokenizer = Tokenizer(options.tokenizer or options.model)
         model = llama.load(options.model, dtype[options.dtype], device)
-        if options.adapter:
-            load_adapter(model, options.adapter)
+        names = load_adapters(model, options.adapter)
         if options.chat:
+            if len(names) > 1:
+                raise InputError(f"--chat is a conversation with one adapter, not with {', '.join(names)}")
             chat(model, tokenizer, options)
         else:
-            answer(model, tokenizer, options)
+            answer(model, tokenizer, options, names)
     except InputError as error:
         fail(error)
     except KeyboardInterrupt:
         print(file=sys.stderr)
+
+
+UNNAMED = "default"
+
+
+def load_adapters(model: Llama, given: list[str]) -> list[str]:
+    """Load each `NAME=DIR`, or a single `DIR`; return the names."""
+    names = []
+    for item in given:
+        name, separator, path = item.partition("=")
+        if not separator or Path(item).is_dir():
+            if len(given) > 1:
+                raise InputError(f"--adapter {item}: several adapters need names, NAME=DIR")
+            name, path = UNNAMED, item
+        load_adapter(model, path, name)
+        names.append(name)
+    return names
+
+
+def choose(prompt: str, names: list[str]) -> tuple[str | None, str]:
+    """The adapter that `NAME:` before a prompt chooses, and the prompt without it; no name means the bare base.
+
+    Raises:
+        InputError: what stands before the colon is nearly the name of an adapter.
+    """
+    name, separator, text = prompt.partition(":")
+    if separator and name in names:
+        return name, text
+    if separator and (hint := nearest(name, names)):
+        raise InputError(f"--prompt {prompt!r}: no adapter {name!r}{hint}")
+    return None, prompt
 
 
 def encode(tokenizer: Tokenizer, options: argparse.Namespace, prompt: str) -> list[int]:
@@ -78,12 +116,17 @@ def conversation(options: argparse.Namespace, prompt: str) -> list[dict[str, str
     return [*system, {"role": "user", "content": prompt}]
 
 
-def answer(model: Llama, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
-    """One prompt streams; several are generated as one batch and printed one after the other."""
-    prompts = [encode(tokenizer, options, prompt) for prompt in options.prompt]
+def answer(model: Llama, tokenizer: Tokenizer, options: argparse.Namespace, names: list[str]) -> None:
+    """One prompt streams; several are generated as one batch, each row through its own adapter, and printed in order."""
+    chosen: list[tuple[str | None, str]] = [(None, prompt) for prompt in options.prompt]
+    if names and names != [UNNAMED]:
+        chosen = [choose(prompt, names) for prompt in options.prompt]
+        set_adapter(model, [name for name, _ in chosen])
+    texts = [text for _, text in chosen]
+    prompts = [encode(tokenizer, options, text) for text in texts]
     if len(prompts) == 1:
         if options.template == "none":
-            print(options.prompt[0], end="", flush=True)
+            print(texts[0], end="", flush=True)
         stream(model, tokenizer, prompts[0], options)
         return
     rows: list[list[int]] = [[] for _ in prompts]
@@ -91,9 +134,9 @@ def answer(model: Llama, tokenizer: Tokenizer, options: argparse.Namespace) -> N
         for row, token in zip(rows, step, strict=True):
             if token is not None:
                 row.append(token)
-    for prompt, ids, row in zip(options.prompt, prompts, rows, strict=True):
-        shown = tokenizer.decode(ids + row) if options.template == "none" else f"{prompt}\n{tokenizer.decode(row).strip()}"
-        print(f"--- {shown}")
+    for (name, text), ids, row in zip(chosen, prompts, rows, strict=True):
+        shown = tokenizer.decode(ids + row) if options.template == "none" else f"{text}\n{tokenizer.decode(row).strip()}"
+        print(f"--- {f'{name}: ' if name else ''}{shown}")
 
 
 def stream(model: Llama, tokenizer: Tokenizer, prompt: list[int], options: argparse.Namespace) -> str:
