@@ -57,6 +57,14 @@ class FinetuneConfig:
             raise InputError(
                 f"--finetune.from_adapter goes with --finetune.method {' or '.join(ADAPTER_METHODS)}, not {self.method}"
             )
+        for section in ADAPTER_METHODS:
+            settings = getattr(self, section)
+            if settings == type(settings)():
+                continue
+            if section != self.method:
+                raise InputError(f"--finetune.{section} is set, but --finetune.method is {self.method}, which does not use it")
+            if self.from_adapter:
+                raise InputError(f"--finetune.{section} is set, but --finetune.from_adapter brings its own settings")
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer | None:

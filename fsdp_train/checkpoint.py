@@ -11,6 +11,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,23 +78,45 @@ def save_checkpoint(
 
     Args:
         identity: what must be the same for a resumed run to continue this one.
+
+    Raises:
+        InputError: on every process, where any of them could not write.
     """
     final = directory / f"step_{step:08d}"
     temporary = directory / f".{final.name}.tmp"
-    if world.rank == 0:
+    try:
+        with world.together(), _written(final):
+            if world.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        with world.together(), _written(final):
+            save_file({name: t.cpu().contiguous() for name, t in _tensors(model, optimizer)}, temporary / _file(world.rank))
+        with world.together(), _written(final):
+            if world.rank == 0:
+                write_json(temporary / STATE_FILE, {"step": step, "world": world.size, "identity": dict(identity)})
+                temporary.rename(final)
+                for old in checkpoints(directory)[:-keep]:
+                    shutil.rmtree(old)
+    except InputError:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    world.barrier()
-    save_file({name: t.cpu().contiguous() for name, t in _tensors(model, optimizer)}, temporary / _file(world.rank))
-    world.barrier()
-    if world.rank == 0:
-        write_json(temporary / STATE_FILE, {"step": step, "world": world.size, "identity": dict(identity)})
-        if final.exists():  # a resumed run that passes the same step again
-            shutil.rmtree(final)
-        temporary.rename(final)
-        for old in checkpoints(directory)[:-keep]:
-            shutil.rmtree(old)
-    world.barrier()
+        raise
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Name the checkpoint and the cause where it cannot be written: a full disk, say."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"the checkpoint {path} could not be written: {error}; those before it are whole") from error
+
+
+def drop_later(directory: Path, step: int) -> list[Path]:
+    """Remove the checkpoints beyond `step`, where a run starts anew: they belong to the one that it replaces."""
+    later = [path for path in checkpoints(directory) if int(path.name.removeprefix("step_")) > step]
+    for path in later:
+        shutil.rmtree(path)
+    return later
 
 
 def checkpoints(directory: Path) -> list[Path]:

@@ -37,14 +37,15 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.model.preset and self.finetune.method != "full":
             raise InputError("--model.preset starts from random weights, which only --finetune.method full can train")
-        if self.train.exact_match and not (self.data.eval_path or self.data.eval_fraction):
-            raise InputError("--train.exact_match needs held-out data: --data.eval_path or --data.eval_fraction")
+        for name in ("exact_match", "eval_every"):
+            if getattr(self.train, name) and not (self.data.eval_path or self.data.eval_fraction):
+                raise InputError(f"--train.{name} needs held-out data: --data.eval_path or --data.eval_fraction")
 
 
 def parse_config(arguments: Sequence[str]) -> RunConfig:
     """Flags, and the file they name, to a checked configuration.
 
-    Without a model, data or file, the demo's own `run.toml` is the file: flags change the demo.
+    Without a model, data or file, the demo's own file for the method (`lora.toml`, ...) is the file: flags change the demo.
 
     Raises:
         InputError: anything unknown, malformed or contradictory.
@@ -53,7 +54,7 @@ def parse_config(arguments: Sequence[str]) -> RunConfig:
     values = read_toml(RunConfig, Path(file)) if file is not None else {}
     merged = {**values, **flags}
     if file is None and not any(merged.get(name) for name in ("model.path", "model.preset", "data.path")):
-        values = read_toml(RunConfig, DEMO / "run.toml")
+        values = read_toml(RunConfig, DEMO / f"{merged.get('finetune.method', FinetuneConfig.method)}.toml")
         for name in ("model.path", "data.path", "data.eval_path"):
             values[name] = str(DEMO / values[name])
         merged = {**values, **flags}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.errors import InputError, listing, nearest
+from llama.files import without_repeated_keys
 
 # format -> (required keys, optional keys); all values are strings but for `tokens`
 FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -48,8 +49,9 @@ def read_records(path: Path, format: str) -> tuple[str, list[Record]]:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if not text.strip():
         raise InputError(f"{path} is empty")
-    plain = text.lstrip()[0] not in "[{"
-    if plain and format in ("auto", "text"):
+    # A name that says JSON is believed: a malformed first line must not turn a file of records into prose.
+    named_json = path.suffix.lower() in (".json", ".jsonl")
+    if not named_json and (format == "text" or (format == "auto" and text.lstrip()[0] not in "[{")):
         return "text", [Record(str(path), {"text": text})]
     records = list(_json_list(path, text) if text.lstrip().startswith("[") else _json_lines(path, text))
     if not records:
@@ -74,10 +76,11 @@ def _json_lines(path: Path, text: str) -> Iterator[Record]:
 
 def _parse(path: Path, first_line: int, text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=without_repeated_keys)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{first_line + error.lineno - 1}:{error.colno}: not JSON: {error.msg}") from None
-    except (RecursionError, ValueError) as error:  # nested too deep, or a number of thousands of digits
+        plain = "" if path.suffix.lower() in (".json", ".jsonl") else "; for plain text give --data.format text"
+        raise InputError(f"{path}:{first_line + error.lineno - 1}:{error.colno}: not JSON: {error.msg}{plain}") from None
+    except (RecursionError, ValueError) as error:  # nested too deep, a key twice, or a number of thousands of digits
         raise InputError(f"{path}:{first_line}: not JSON: {error}") from None
 
 
@@ -93,7 +96,8 @@ def _detect(record: Record) -> str:
             return format
     shapes = "; ".join(f"{format}: {', '.join(required)}" for format, (required, _) in FORMATS.items())
     known = [key for required, _ in FORMATS.values() for key in required]
-    hints = [nearest(key, known) for key in record.fields]
+    absent = [key for key in known if key not in record.fields]
+    hints = [nearest(key, absent) for key in record.fields if key not in known]
     found = f"keys {listing(record.fields)} fit" if record.fields else "no keys, which fits"
     raise InputError(f"{record.where}: {found} no format ({shapes}){next(filter(None, hints), '')}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -40,7 +41,7 @@ class Metrics:
             return
         kept = []
         if resume_step and path.exists():
-            kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= resume_step]
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= resume_step]
         path.write_text("".join(line + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
@@ -48,6 +49,14 @@ class Metrics:
         """Append one row."""
         if self._file is not None:
             self._file.write(json.dumps(row) + "\n")
+
+
+def _step(line: str) -> float:
+    """The step of a row; a row that a killed process left half-written is beyond every step."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class Progress:
@@ -87,6 +96,17 @@ def _bar(total: int, done: int) -> Any:
     except ImportError:
         return None
     return tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there completely or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def say(text: str) -> None:

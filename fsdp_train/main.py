@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(error)
     except NonFiniteError as error:
         fail(error, 3)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command, with its --train.output_dir, continues from the newest checkpoint", 130)
 
 
 def fine_tune(config: RunConfig) -> None:
@@ -52,8 +54,8 @@ def complete(run: Run) -> None:
     run.wrap()
     before = run.measure("before")
     run.train()
+    run.save()  # before measuring: whatever happens there, what was trained is kept
     after = run.measure("after")
-    run.save()
     run.sum_up(before, after, time.perf_counter() - started)
 
 

@@ -21,7 +21,7 @@ class OptimConfig:
     weight_decay: float = option(0.0, "decoupled weight decay, on every trained tensor")
     warmup_steps: int = option(0, "steps of linear warm-up to the peak")
     schedule: Literal["cosine", "linear", "constant"] = option(
-        "cosine", "after warm-up: down to zero at the last step, or constant"
+        "cosine", "after warm-up: falling to zero at the end, or constant"
     )
     grad_clip: float = option(1.0, "largest global gradient norm (0: do not clip)")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import functools
 import gc
-import operator
 import os
 import socket
 import traceback
@@ -199,19 +198,28 @@ def _all_trainable(module: nn.Module) -> bool:
 def shard(model: Llama, world: World, dtype: torch.dtype) -> nn.Module:
     """Wrap in `FullyShardedDataParallel`: parameters, gradients and optimizer state of each unit spread over all processes.
 
-    Computes in `dtype`; parameters keep their own dtype in the shards (fp32 masters), gradients are reduced in fp32.
+    Computes in `dtype`; parameters keep their own dtype in the shards (fp32 masters), gradients are reduced in fp32. What
+    trains beside a frozen base stays in fp32 when gathered, too, and casts where it computes, as without sharding: it is
+    small, and DoRA's magnitudes, near one, would lose the training to bf16.
 
     Raises:
         InputError: a unit would mix trainable and frozen parameters.
     """
     units = set(sharding_units(model))
     trainable, _ = count_parameters(model)
+    computing = MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32, buffer_dtype=torch.float32)
+    as_stored = MixedPrecision(reduce_dtype=torch.float32)
+
+    def policy(module: nn.Module) -> bool | dict[str, Any]:
+        beside_base = module in units and not isinstance(module, DecoderLayer)
+        return {"mixed_precision": as_stored} if beside_base else module in units
+
     try:
         wrapped = FSDP(
             model,
-            auto_wrap_policy=CustomPolicy(lambda module: module in units),
+            auto_wrap_policy=CustomPolicy(policy),
             sharding_strategy=ShardingStrategy.FULL_SHARD,
-            mixed_precision=MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32, buffer_dtype=torch.float32),
+            mixed_precision=computing,
             device_id=world.device,
             use_orig_params=False,
             limit_all_gathers=True,
@@ -282,10 +290,12 @@ def full_trainable_state(model: nn.Module, world: World) -> dict[str, Tensor]:
 
 
 def frozen_checksum(model: nn.Module, world: World) -> str:
-    """A 64-bit XOR over the bits of all frozen elements, the same for every sharding. Equal before and after training, or
-    something wrote where nothing may. All processes must call it."""
+    """The sum, modulo 2^64, of the bit patterns of all frozen elements, the same for every sharding (which pads with zeros).
+    Equal before and after training, or something wrote where nothing may. All processes must call it."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     mine = 0
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.numel():
-            mine ^= int(torch.hash_tensor(parameter.detach()).view(torch.int64)) & (2**64 - 1)
-    return f"{functools.reduce(operator.xor, world.gather(mine)):016x}"
+            bits = parameter.detach().view(integers[parameter.element_size()])
+            mine += int(bits.sum(dtype=torch.int64))
+    return f"{sum(world.gather(mine)) % 2**64:016x}"

@@ -13,10 +13,10 @@ import torch
 
 import llama
 from fsdp_train.build import ADAPTER_METHODS, build_model, check_tokenizer, load_tokenizer, wrap_model
-from fsdp_train.checkpoint import data_fingerprint, find_checkpoint, load_checkpoint, save_checkpoint
+from fsdp_train.checkpoint import data_fingerprint, drop_later, find_checkpoint, load_checkpoint, save_checkpoint
 from fsdp_train.config import DEMO, RunConfig
 from fsdp_train.data import Dataset, Plan, load_dataset
-from fsdp_train.log import Metrics, peak_memory, say
+from fsdp_train.log import Metrics, peak_memory, say, write_whole
 from fsdp_train.parallel import World, compute_dtype, frozen_checksum, full_trainable_state
 from fsdp_train.samples import answerable, answers, exact_match, reference
 from fsdp_train.settings import values_of, write_toml
@@ -100,6 +100,14 @@ class Run:
             self.tell(f"  held out: {count:,} samples")
         if config.train.exact_match and self.tokenizer is None:
             raise InputError("--train.exact_match compares texts; give --model.tokenizer")
+        train = config.train
+        self.plan = Plan(
+            len(self.data.samples), train.batch_size, train.grad_accum, self.world.size, self.world.rank, train.seed,
+            config.data.shuffle,
+        )  # fmt: skip
+        self.total_steps = train.max_steps or (train.epochs or 1) * self.plan.steps_per_epoch
+        if config.optim.warmup_steps >= self.total_steps:
+            raise InputError(f"--optim.warmup_steps {config.optim.warmup_steps}: the run has {self.total_steps:,} steps")
         self.tell(self._first_sample())
         self.model = build_model(config.model, config.finetune, config.train.seed, self.dtype)
 
@@ -108,8 +116,8 @@ class Run:
         sample = self.data.samples[0]
         if self.tokenizer is None:
             return ""
-        prompt = self.tokenizer.decode(sample.ids[: sample.prompt].tolist())
-        learned = self.tokenizer.decode(sample.ids[sample.prompt :].tolist())
+        prompt = self.tokenizer.show(sample.ids[: sample.prompt].tolist())
+        learned = self.tokenizer.show(sample.ids[sample.prompt :].tolist())
         return (
             f"  first sample, given:   {'...' * (len(prompt) > 90)}{prompt[-90:]!r}\n"
             f"  first sample, learned: {learned[:90]!r}{'...' * (len(learned) > 90)}"
@@ -131,12 +139,6 @@ class Run:
         self.model_wrapped, self.optimizer, strategy = wrap_model(
             self.model, self.config.parallel, self.config.optim, self.world
         )
-        train = self.config.train
-        self.plan = Plan(
-            len(self.data.samples), train.batch_size, train.grad_accum, self.world.size, self.world.rank, train.seed,
-            self.config.data.shuffle,
-        )  # fmt: skip
-        self.total_steps = train.max_steps or (train.epochs or 1) * self.plan.steps_per_epoch
         self.checksum = frozen_checksum(self.model_wrapped, self.world)
         self.first_step = self._resume()
         with self.world.together():
@@ -145,7 +147,9 @@ class Run:
                 self.metrics = Metrics(self.output / "metrics.jsonl", self.world.rank == 0, self.first_step)
                 if self.world.rank == 0:
                     text = write_toml(self.config, "torchrun -m fsdp_train.main --config config.toml")
-                    (self.output / "config.toml").write_text(text, encoding="utf-8")
+                    write_whole(self.output / "config.toml", text)
+                    for path in drop_later(self.output / "checkpoints", self.first_step):
+                        self.tell(f"removed {path}: it is beyond step {self.first_step}, where this run starts")
             except OSError as error:
                 raise InputError(f"--train.output_dir {self.output} cannot be written: {error.strerror}") from None
         threads = f", {torch.get_num_threads()} threads" if self.world.device.type == "cpu" else ""
@@ -162,6 +166,7 @@ class Run:
             "frozen weights": self.checksum,
             "finetune": {name: str(value) for name, value in finetune.items()},
             "data": data_fingerprint(self.data),
+            "optim": {name: str(value) for name, value in values_of(self.config.optim).items()},
             "order": [train.seed, self.config.data.shuffle],
             "batch": [train.batch_size, train.grad_accum],
             "precision": str(self.dtype),
@@ -200,8 +205,6 @@ class Run:
         if self.tokenizer is not None and train.exact_match:
             longest = max(len(s.ids) - s.prompt for s in data.samples)
             asked = answerable(data.samples, longest, context)[: train.exact_match]
-            if not asked:
-                raise InputError(f"--train.exact_match: no held-out prompt leaves room for an answer of {longest} tokens")
             row["exact_match"] = measures.exact_match = exact_match(self.model_wrapped, self.tokenizer, asked, fixed)
         if row:
             self.metrics.write(step=0 if moment == "before" else self.total_steps, **row)
@@ -274,7 +277,7 @@ class Run:
         base = shlex.quote(self.config.model.path)
         target = f"--model {base} --adapter {self.artefact}" if self.is_adapter else f"--model {self.artefact}"
         lines = ["next:", f"  python -m tools.generate {target} {self._example_prompt()}"]
-        if self.is_adapter:
+        if self.config.finetune.method == "lora":
             lines.append(
                 f"  python -m tools.merge_adapter --model {base} --adapter {self.artefact} --output {self.output}/merged"
             )
@@ -302,10 +305,12 @@ def _output_directory(config: RunConfig) -> Path:
         parent = Path("runs")
         taken = [int(p.name.rpartition("-")[2]) for p in parent.glob("*-[0-9]*") if p.name.rpartition("-")[2].isdigit()]
         path = parent / f"{config.finetune.method}-{max(taken, default=0) + 1:03d}"
-    artefacts = [path / name for name in ("adapter", "model") if (path / name).exists()]
-    if artefacts and config.checkpoint.resume == "auto":
+    own, other = ("adapter", "model") if config.finetune.method in ADAPTER_METHODS else ("model", "adapter")
+    if (path / other).exists():
+        raise InputError(f"{path} holds the result of another method ({path / other}); choose another --train.output_dir")
+    if (path / own).exists() and config.checkpoint.resume == "auto":
         raise InputError(
-            f"{path} holds a finished run ({artefacts[0]}); choose another --train.output_dir,"
+            f"{path} holds a finished run ({path / own}); choose another --train.output_dir,"
             " or replace it with --checkpoint.resume none"
         )
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())

@@ -27,13 +27,13 @@ def answers(model: nn.Module, tokenizer: Tokenizer, samples: Sequence[Sample], m
     for start in range(0, len(samples), GENERATION_BATCH):
         prompts = [s.ids[: s.prompt].tolist() for s in samples[start : start + GENERATION_BATCH]]
         rows = generate(cast(Llama, model), prompts, max_tokens, eos_id=tokenizer.eos_id, fixed_steps=fixed_steps)
-        texts += [tokenizer.decode(row).strip() for row in rows]
+        texts += [tokenizer.show(row).strip() for row in rows]
     return texts
 
 
 def reference(tokenizer: Tokenizer, sample: Sample) -> str:
     """What the data says after the prompt."""
-    return tokenizer.decode(sample.ids[sample.prompt :].tolist()).strip()
+    return tokenizer.show(sample.ids[sample.prompt :].tolist()).strip()
 
 
 def exact_match(model: nn.Module, tokenizer: Tokenizer, samples: Sequence[Sample], fixed_steps: bool) -> float:

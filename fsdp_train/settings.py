@@ -244,7 +244,7 @@ def read_toml(section: type, path: Path) -> dict[str, Any]:
             kind.
     """
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--config {path}: cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
@@ -300,7 +300,7 @@ def _toml_value(value: Any) -> str:
     return repr(value)
 
 
-def fail(error: Exception, code: int = 2) -> NoReturn:
+def fail(error: Exception | str, code: int = 2) -> NoReturn:
     """Leave with a non-zero exit code and one readable line: printed by rank 0, and handed to `torchrun` for its report."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -75,6 +75,8 @@ def train_step(
         (loss * (world.size / targets)).backward()
         losses.append(loss.detach())
     total = world.sum(torch.stack(losses).sum())[0]
+    if missing := [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]:
+        raise RuntimeError(f"no gradient reaches {listing(missing)}: the forward pass does not use them")
     norm = float(clip_gradients(model, grad_clip or math.inf))
     if not (math.isfinite(total) and math.isfinite(norm)):
         optimizer.zero_grad()
@@ -96,7 +98,11 @@ def _blame(losses: list[torch.Tensor], batches: Sequence[Batch], total: float, n
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Dataset, batch_size: int, world: World) -> float:
-    """Mean loss per target over all samples. Every process makes the same number of calls, some on an empty batch."""
+    """Mean loss per target over all samples. Every process makes the same number of calls, some on an empty batch.
+
+    Raises:
+        NonFiniteError: on every process alike.
+    """
     was_training = model.training
     model.eval()
     plan = Plan(len(data.samples), batch_size, 1, world.size, world.rank, 0, shuffle=False)
@@ -108,6 +114,8 @@ def evaluate(model: nn.Module, data: Dataset, batch_size: int, world: World) -> 
         targets += batch.targets
     model.train(was_training)
     total, count = world.sum(loss, targets)
+    if not math.isfinite(total):
+        raise NonFiniteError(f"the evaluation loss on {data.path} is {total / count}")
     return total / count
 
 

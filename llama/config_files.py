@@ -15,7 +15,8 @@ import torch
 from llama.errors import InputError, listing
 from llama.model import LlamaConfig
 
-# HF's names that are ours too, with the value HF assumes when config.json leaves them out.
+# HF's names that are ours too, with the value HF assumes when config.json leaves them out. The eps is never assumed: HF's
+# default is not Llama 2's, and a wrong one only makes the model a little worse.
 _HF_DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -24,7 +25,7 @@ _HF_DEFAULTS: dict[str, Any] = {
     "num_attention_heads": 32,
     "num_key_value_heads": None,
     "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
+    "rms_norm_eps": None,
     "tie_word_embeddings": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -60,6 +61,8 @@ def config_from_hf(found: dict[str, Any], where: str | Path) -> LlamaConfig:
     """
     if "model_type" not in found:
         raise InputError(f"{where}: no model_type; expected a Hugging Face config.json with model_type 'llama'")
+    if "rms_norm_eps" not in found:
+        raise InputError(f"{where}: no rms_norm_eps; expected a number (1e-5 in Llama 2), which is never assumed")
     for key, allowed in _HF_FIXED.items():
         if found.get(key, allowed[0]) not in allowed:
             raise InputError(f"{where}: {key} = {found[key]!r} is not supported; expected {allowed[0]!r}")

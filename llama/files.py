@@ -1,4 +1,4 @@
-"""Directories that appear complete or not at all, and small readers with errors that name the place."""
+"""Directories that appear complete or not at all, what of a model goes there, and readers whose errors name the place."""
 
 from __future__ import annotations
 
@@ -6,12 +6,26 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llama.errors import InputError
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from llama.errors import InputError, listing
+from llama.model import Llama, LlamaConfig
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """A block, or a decorated function, in which a file that the system does not let us read is an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 @contextmanager
@@ -22,7 +36,7 @@ def new_directory(path: str | os.PathLike[str], replace: bool = False) -> Iterat
     directory is set aside first and removed only after the new one has its name.
 
     Raises:
-        InputError: `path` exists and is not an empty directory (unless `replace`), or its parent cannot be written.
+        InputError: `path` exists and is not an empty directory (unless `replace`), or writing fails (no permission, full disk).
     """
     path = Path(path).absolute()
     check_free(path, replace)
@@ -48,11 +62,16 @@ def new_directory(path: str | os.PathLike[str], replace: bool = False) -> Iterat
             raise
         if aside is not None:
             shutil.rmtree(aside)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        # torch.save, writing to a Python file, ends in a RuntimeError about itself; what stopped it is the context.
+        reason = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(reason, OSError | SafetensorError):
+            raise InputError(f"{path} cannot be written: {reason}") from error
         raise
 
 
+@reading()
 def check_free(path: str | os.PathLike[str], replace: bool = False) -> None:
     """Raise InputError if `new_directory` would refuse the path: a program's check before a long piece of work."""
     path = Path(path)
@@ -60,6 +79,31 @@ def check_free(path: str | os.PathLike[str], replace: bool = False) -> None:
         raise InputError(f"{path} exists and is not a directory")
     if path.exists() and any(path.iterdir()) and not replace:
         raise InputError(f"{path} exists and is not empty; choose another path or remove it")
+
+
+def plain_tensors(config: LlamaConfig, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The tensors of `state` that belong into a model's files, in the order of its parameters; a tied head is left out.
+
+    Args:
+        dtype: in which they will be written; None means their own. They are returned uncast.
+
+    Raises:
+        InputError: `state` is not a plain Llama's (an adapter is attached), or a tensor is not finite in `dtype`.
+    """
+    with torch.device("meta"):
+        expected = [name for name, _ in Llama(config).named_parameters()]
+    found = set(state) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    if strange := sorted(found ^ set(expected)):
+        raise InputError(
+            f"this model is not a plain Llama: {listing(strange)};"
+            " call peft_impl.merge_and_unload (instead of merge) or remove_adapter before saving the model"
+        )
+    for name in expected:
+        written = state[name].to(dtype or state[name].dtype)
+        if not torch.isfinite(written).all():
+            kind = str(written.dtype).removeprefix("torch.")
+            raise InputError(f"{name} holds NaN or infinity in {kind}; a model with such weights is not saved")
+    return {name: state[name] for name in expected}
 
 
 def _umask() -> int:
@@ -77,16 +121,27 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 
     Raises:
-        InputError: the file is missing, is not JSON (with line and column), or holds something other than an object.
+        InputError: the file is missing, is not JSON (with line and column), repeats a key, or holds something other than an
+            object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeated_keys)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, a key twice, a number too long, nested too deeply
+        raise InputError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}; expected a JSON object")
     return value
+
+
+def without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file; json itself would keep the last of two values and say nothing."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} appears twice in one object")
+        found[key] = value
+    return found

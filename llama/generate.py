@@ -62,17 +62,17 @@ def generate_steps(
         prompts: token ids, one list per row, none of them empty.
         temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled.
         top_p: sample among the likeliest tokens only: those whose predecessors sum to at most this probability.
-        seed: of the sampling; None draws a new one.
+        seed: of the sampling, 64 bits; None draws a new one.
         eos_id: id or ids that end a row (and are not yielded).
         use_cache: False recomputes everything in each step; the tokens are the same, the time is not.
         fixed_steps: go on to `max_new_tokens` when all rows have ended, so that every process of a sharded model makes
             the same number of calls.
 
     Raises:
-        InputError: an empty prompt, ids outside the vocabulary, a length beyond the model's context, or a sampling
-            setting outside its range.
+        InputError: an empty prompt, ids outside the vocabulary, a length beyond the model's context, a sampling setting
+            outside its range, or logits that are not finite.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_p)
+    _check(model, prompts, max_new_tokens, temperature, top_p, seed)
     stop = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
     device = next(model.parameters()).device
     generator = torch.Generator()
@@ -107,13 +107,17 @@ def generate_steps(
         model.train(was_training)
 
 
-def _check(model: Llama, prompts: Sequence[Sequence[int]], new: int, temperature: float, top_p: float) -> None:
+def _check(
+    model: Llama, prompts: Sequence[Sequence[int]], new: int, temperature: float, top_p: float, seed: int | None
+) -> None:
     if not prompts or not all(prompts):
         raise InputError("every prompt needs at least one token; give BOS to start from nothing")
     if new < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
         raise InputError(
             f"max_new_tokens {new}, temperature {temperature}, top_p {top_p}; expected at least 1, at least 0, in (0, 1]"
         )
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise InputError(f"seed {seed}; expected a number of at most 64 bits")
     vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
     for row, prompt in enumerate(prompts):
         if wrong := [i for i in prompt if not 0 <= i < vocabulary]:
@@ -126,9 +130,13 @@ def _check(model: Llama, prompts: Sequence[Sequence[int]], new: int, temperature
 
 def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
     """Next ids (B,) from logits (B, V)."""
+    if not torch.isfinite(logits).all():
+        raise InputError("the model's logits are not finite: its weights are damaged, or too large for its dtype")
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.float().cpu() / temperature, dim=-1)
+    wide = logits.double().cpu()
+    below = wide - wide.amax(-1, keepdim=True)  # at most 0, so that the smallest temperature overflows to the likeliest token
+    probabilities = torch.softmax(below / temperature, dim=-1).float()
     ordered, order = probabilities.sort(dim=-1, descending=True)
     ordered[ordered.cumsum(-1) - ordered > top_p] = 0  # Meta's rule: what comes before must not exceed top_p
     picked = torch.multinomial(ordered, 1, generator=generator)

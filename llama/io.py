@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llama.config_files import config_to_hf
 from llama.errors import InputError, listing, nearest
-from llama.files import new_directory, write_json
+from llama.files import new_directory, plain_tensors, write_json
 from llama.model import Llama
 from llama.weight_files import Weights, open_weights
 
@@ -98,23 +98,17 @@ def save(
         replace: overwrite an existing directory.
 
     Raises:
-        InputError: `path` exists, or the model holds tensors that are not a Llama's (an adapter that is not merged).
+        InputError: `path` exists or cannot be written, or the model holds tensors that are not a Llama's (an adapter that is
+            not merged) or not finite.
     """
     config = model.config
-    with torch.device("meta"):
-        expected = [name for name, _ in Llama(config).named_parameters()]
-    tensors = dict(state if state is not None else model.state_dict())
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    if set(tensors) != set(expected):
-        strange = listing(sorted(set(tensors) ^ set(expected)))
-        raise InputError(f"this model is not a plain Llama: {strange}; merge or remove adapters before saving the model")
+    tensors = plain_tensors(config, state if state is not None else model.state_dict(), dtype)
 
     def cast(name: str) -> Tensor:
         return tensors[name].detach().to(dtype=dtype or tensors[name].dtype, device="cpu").contiguous()
 
     shards = list(
-        _shards({name: tensors[name].numel() * (dtype or tensors[name].dtype).itemsize for name in expected}, max_shard_bytes)
+        _shards({name: tensors[name].numel() * (dtype or tensors[name].dtype).itemsize for name in tensors}, max_shard_bytes)
     )
     with new_directory(path, replace) as temporary:
         weight_map = {}
@@ -127,11 +121,11 @@ def save(
                         raise OSError(f"{file}: {name} was not written as it is in memory")
             weight_map.update(dict.fromkeys(names, file))
         if len(shards) > 1:
-            total = sum(tensors[name].numel() * (dtype or tensors[name].dtype).itemsize for name in expected)
+            total = sum(tensors[name].numel() * (dtype or tensors[name].dtype).itemsize for name in tensors)
             write_json(
                 temporary / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
             )
-        write_json(temporary / "config.json", config_to_hf(config, dtype or tensors[expected[0]].dtype))
+        write_json(temporary / "config.json", config_to_hf(config, dtype or next(iter(tensors.values())).dtype))
         if tokenizer_from is not None:
             copy_tokenizer(tokenizer_from, temporary)
 

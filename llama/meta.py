@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llama.config_files import config_to_meta
 from llama.errors import InputError
-from llama.files import new_directory, write_json
+from llama.files import new_directory, plain_tensors, write_json
 from llama.model import Llama
 
 # HF's name (within a layer, or whole) -> Meta's
@@ -71,13 +71,18 @@ def save_meta(
     A tied head is written out as `output.weight`, since Meta's format has no tying.
 
     Raises:
-        InputError: a dimension that `shards` does not divide, or `path` exists and is not empty.
+        InputError: a dimension that `shards` does not divide, `path` exists and is not empty or cannot be written, or the
+            model holds tensors that are not a Llama's (an adapter that is not merged) or not finite.
     """
     config = model.config
+    if shards < 1:
+        raise InputError(f"shards is {shards}; expected a positive integer")
     if config.num_key_value_heads % shards:
         raise InputError(f"{config.num_key_value_heads} key/value heads cannot be cut into {shards} shards")
     parts: list[dict[str, Tensor]] = [{} for _ in range(shards)]
-    for name, tensor in model.state_dict().items():
+    tensors = plain_tensors(config, model.state_dict(), dtype)
+    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+    for name, tensor in tensors.items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             tensor = to_meta_rows(tensor, config.head_dim)
         meta = meta_name(name)
@@ -90,6 +95,7 @@ def save_meta(
     with new_directory(path) as temporary:
         write_json(temporary / "params.json", config_to_meta(config))
         for index, part in enumerate(parts):
-            torch.save(part, temporary / f"consolidated.{index:02d}.pth")
+            with open(temporary / f"consolidated.{index:02d}.pth", "wb") as file:
+                torch.save(part, file)
         if tokenizer_from is not None and (Path(tokenizer_from) / "tokenizer.model").is_file():
             shutil.copyfile(Path(tokenizer_from) / "tokenizer.model", temporary / "tokenizer.model")

@@ -18,7 +18,7 @@ C hidden width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from functools import lru_cache
 from typing import cast
 
@@ -62,7 +62,7 @@ class LlamaConfig:
             value = getattr(self, field.name)
             if field.type == "int" and (type(value) is not int or value < 1):
                 raise InputError(f"{field.name} is {value!r}; expected a positive integer")
-            if field.type == "float" and not (isinstance(value, float | int) and math.isfinite(value) and value > 0):
+            if field.type == "float" and not (isinstance(value, float | int) and 0 < value <= sys.float_info.max):
                 raise InputError(f"{field.name} is {value!r}; expected a positive finite number")
             if field.type == "bool" and type(value) is not bool:
                 raise InputError(f"{field.name} is {value!r}; expected true or false")

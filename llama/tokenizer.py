@@ -15,6 +15,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 
 from llama.errors import InputError
+from llama.files import reading
 
 CHAT_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 UNFINISHED = "\ufffd"  # what sentencepiece decodes an incomplete UTF-8 sequence to
@@ -30,11 +31,13 @@ class Tokenizer:
         InputError: no such file, not a sentencepiece model, or one without BOS and EOS.
     """
 
+    @reading()
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
         if not self.path.is_file():
             hint = "; tokenizer.json alone is not enough" if (self.path.parent / "tokenizer.json").exists() else ""
             raise InputError(f"{self.path} does not exist; expected a sentencepiece tokenizer.model{hint}")
+        self.path.open("rb").close()  # sentencepiece would call a file without read permission damaged
         try:
             self._model = SentencePieceProcessor(model_file=str(self.path))
         except (RuntimeError, OSError) as error:
@@ -46,7 +49,15 @@ class Tokenizer:
             raise InputError(f"{self.path} has no BOS or EOS piece (ids {self.bos_id}, {self.eos_id}); Llama needs both")
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """Token ids of `text`, between BOS and EOS where asked for. An empty text has no ids of its own."""
+        """Token ids of `text`, between BOS and EOS where asked for. An empty text has no ids of its own.
+
+        Raises:
+            InputError: half of a surrogate pair, which is what Python makes of a terminal's invalid UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"the text is not valid Unicode: {text[error.start]!r} at character {error.start}") from None
         return [self.bos_id] * bos + self._model.encode(text) + [self.eos_id] * eos
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -58,6 +69,10 @@ class Tokenizer:
         if wrong := [i for i in ids if not 0 <= i < self.vocab_size]:
             raise InputError(f"token id {wrong[0]} is outside the vocabulary 0..{self.vocab_size - 1}")
         return str(self._model.decode(list(ids)))
+
+    def show(self, ids: Sequence[int]) -> str:
+        """`decode` for ids that a model chose: one that only the model has, whose embedding may be larger, shows as `<929>`."""
+        return str(self._model.decode([self._model.id_to_piece(i) if 0 <= i < self.vocab_size else f"<{i}>" for i in ids]))
 
 
 def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -93,7 +108,7 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> 
 
 
 class StreamDecoder:
-    """Text of a growing list of ids, piece by piece: never half a character, spaces kept.
+    """Text of a growing list of ids, as `Tokenizer.show` gives it, piece by piece: never half a character, spaces kept.
 
     Args:
         context: ids that came before (the prompt): the first new piece keeps its leading space relative to them.
@@ -116,8 +131,8 @@ class StreamDecoder:
         return self._emit(self._pending())
 
     def _pending(self) -> str:
-        known = self._tokenizer.decode(self._ids[self._start : self._shown])
-        return self._tokenizer.decode(self._ids[self._start :])[len(known) :]
+        known = self._tokenizer.show(self._ids[self._start : self._shown])
+        return self._tokenizer.show(self._ids[self._start :])[len(known) :]
 
     def _emit(self, text: str) -> str:
         # Drop old ids, but keep the four before the cut, which must not split a character: all of them are complete.

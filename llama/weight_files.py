@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llama.config_files import config_from_hf, config_from_meta
 from llama.errors import InputError, listing
-from llama.files import read_json
+from llama.files import read_json, reading
 from llama.meta import NAMES, meta_name, shard_dim, to_hf_rows
 from llama.model import LlamaConfig
 
@@ -45,13 +45,19 @@ class Weights(ABC):
         """One tensor in its stored dtype. It may share memory with the file: copy it before changing it."""
 
 
+@reading()
 def open_weights(path: str | os.PathLike[str]) -> Weights:
     """Open a HF or Meta model directory.
 
     Raises:
         InputError: no such directory, no weights in it, or files that are damaged or contradict each other.
     """
-    path = Path(path)
+    weights = _detect(Path(path))
+    _check_sizes(weights, path)
+    return weights
+
+
+def _detect(path: Path) -> Weights:
     if not path.is_dir():
         raise InputError(f"{path} is not a directory; expected a Hugging Face or Meta model directory")
     if (path / "config.json").exists():
@@ -65,6 +71,26 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
         return MetaWeights(path)
     names = listing(sorted(p.name for p in path.iterdir()), 8) or "nothing"
     raise InputError(f"{path} has neither config.json (Hugging Face) nor params.json (Meta); found {names}")
+
+
+def _check_sizes(weights: Weights, path: str | os.PathLike[str]) -> None:
+    """Compare the stated sizes with the files', so that no model is ever built that they cannot fill.
+
+    A model of a mistyped size may take minutes to build, even without storage, or fail in torch.
+    """
+    config, shapes = weights.config, weights.shapes
+    stated = {
+        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
+        "model.layers.0.mlp.gate_proj.weight": (config.intermediate_size, config.hidden_size),
+    }
+    for name, shape in stated.items():
+        if name not in shapes:
+            raise InputError(f"{path}: {name} is missing; found {listing(sorted(shapes)) or 'no tensors'}")
+        if shapes[name] != shape:
+            raise InputError(f"{path}: {name} has shape {shapes[name]}; the configuration says {shape}")
+    layers = len({found[0] for name in shapes if (found := re.match(r"model\.layers\.\d+\.", name))})
+    if layers != config.num_hidden_layers:
+        raise InputError(f"{path}: the weights have {layers} layers; the configuration says {config.num_hidden_layers}")
 
 
 def _indexed_files(path: Path, single: str) -> dict[str, list[str]]:
@@ -98,6 +124,7 @@ class SafetensorsWeights(Weights):
         self.config = config_from_hf(read_json(path / "config.json"), path / "config.json")
         self.shapes, self._file_of = {}, {}
         for file, promised in _indexed_files(path, "model.safetensors").items():
+            (path / file).open("rb").close()  # safe_open would say of a file without read permission that it does not exist
             try:
                 handle = safe_open(path / file, framework="pt")
                 held = set(handle.keys())
@@ -208,6 +235,8 @@ def unpickled(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # a damaged pickle can fail in any way: IndexError, KeyError, struct.error, BadZipFile, ...
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path} is damaged or holds more than tensors: {reason}") from None

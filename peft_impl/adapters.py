@@ -3,7 +3,7 @@
     add_adapter(model, LoraConfig(r=8), "math")       # edits the model in place and freezes the base
     set_adapter(model, None)                          # the bare base, bit for bit
     set_adapter(model, ["math", None, "chat"])        # one adapter, or none, for each row of the batch
-    remove_adapter(model, "math")                     # as if it had never been there
+    remove_adapter(model, "math")                     # the other adapters and the base are as without it
 
 A method is a `Method` in its own file: its configuration, how it attaches to a model, and which of its parameters goes
 under which key of a PEFT file. Adapters are modules inside the model; which of them a row goes through stands in
@@ -113,6 +113,7 @@ class Method:
         unpack: (model, name, tensors by key) -> parameters by name, the inverse.
         to_peft: (model, config) -> the contents of `adapter_config.json`, its `peft_type` included.
         from_peft: (found, where) -> config; refuses what is not implemented.
+        inert: (tensors by key) -> why an adapter of these tensors has no effect, or "".
         fits: (model, found, where) -> None; refuses a file that says it belongs to another base.
     """
 
@@ -123,6 +124,7 @@ class Method:
     unpack: Pack
     to_peft: Callable[[Llama, Any], dict[str, Any]]
     from_peft: Callable[[dict[str, Any], str], Any]
+    inert: Callable[[Mapping[str, Tensor]], str] = lambda tensors: ""
     fits: Callable[[Llama, dict[str, Any], str], None] = lambda model, found, where: None
 
 
@@ -181,7 +183,7 @@ def add_adapter(model: Llama, config: Any, name: str = "default", seed: int = 0)
         model.adapters = state  # type: ignore[assignment]  # a plain object, not a submodule
     try:
         leaves = method.attach(model, config, name)
-    except InputError:
+    except BaseException:  # an InputError, or no memory for a rank of a billion
         method.detach(model, name)
         if not state.configs:
             del model.adapters
@@ -237,7 +239,7 @@ def set_adapter(model: nn.Module, name: str | Sequence[str | None] | None) -> No
 
 
 def remove_adapter(model: Llama, name: str) -> None:
-    """Take the adapter out again; after the last one the model is the base, module types included.
+    """Take the adapter out again; after the last one the model is the base, module types included. It stays frozen.
 
     Raises:
         InputError: no such adapter, or one is merged.

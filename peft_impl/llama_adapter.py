@@ -16,6 +16,7 @@ size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -138,6 +139,11 @@ def _from_peft(found: dict[str, Any], where: str) -> LlamaAdapterConfig:
         raise InputError(f"{where}: {error}") from None
 
 
+def _inert(tensors: Mapping[str, Tensor]) -> str:
+    gates = [tensor for key, tensor in tensors.items() if key.endswith("adaption_gate")]
+    return "" if any(gate.any() for gate in gates) else "every gate is zero"
+
+
 METHODS[PEFT_TYPE] = METHODS[OWN_TYPE] = Method(
-    LlamaAdapterConfig, _attach, detach_leaves, *renamed(_names), _to_peft, _from_peft
+    LlamaAdapterConfig, _attach, detach_leaves, *renamed(_names), _to_peft, _from_peft, _inert
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -51,13 +52,16 @@ class LoraConfig:
     use_dora: bool = option(False, "train a magnitude per output row too (DoRA)")
 
     def __post_init__(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise InputError(f"{name} = {getattr(self, name)!r}; expected pairs of a module pattern and a number")
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if type(rank) is not int or rank < 1:
                 raise InputError(f"LoRA rank {name} = {rank!r}; expected a positive integer")
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
             if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0):
                 raise InputError(f"{name} = {alpha!r}; expected a positive number")
-        if not 0 <= self.lora_dropout < 1:
+        if not (isinstance(self.lora_dropout, int | float) and 0 <= self.lora_dropout < 1):
             raise InputError(f"lora_dropout = {self.lora_dropout!r}; expected a probability in [0, 1)")
         if not self.target_modules:
             raise InputError("target_modules is empty; nothing would be adapted")
@@ -170,6 +174,8 @@ def _attach(model: Llama, config: LoraConfig, name: str) -> dict[str, AdapterLea
         if isinstance(linear, Replaceable):
             raise InputError(f"target_modules: {path} is trained whole by {listing(linear.copies)}")
         r = pattern_value(config.rank_pattern, path, config.r)
+        if r > max(linear.in_features, linear.out_features):
+            raise InputError(f"rank {r} for {path}, which is {linear.in_features} x {linear.out_features}")
         alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
         scale = alpha / math.sqrt(r) if config.use_rslora else alpha / r
         leaf = (DoraLowRank if config.use_dora else LowRank)(linear, r, scale, config.lora_dropout)
@@ -250,4 +256,10 @@ def _from_peft(found: dict[str, Any], where: str) -> LoraConfig:
         raise InputError(f"{where}: {error}") from None
 
 
-METHODS["LORA"] = Method(LoraConfig, _attach, _detach, *renamed(_names), _to_peft, _from_peft)
+def _inert(tensors: Mapping[str, Tensor]) -> str:
+    if not all(".lora_" in key for key in tensors):  # modules trained whole, or DoRA's magnitudes
+        return ""
+    return "" if any(tensor.any() for key, tensor in tensors.items() if "lora_B" in key) else "every lora_B is zero"
+
+
+METHODS["LORA"] = Method(LoraConfig, _attach, _detach, *renamed(_names), _to_peft, _from_peft, _inert)

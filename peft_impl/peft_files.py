@@ -124,6 +124,8 @@ def load_adapter(model: Llama, path: str | os.PathLike[str], name: str = "defaul
             parameter.requires_grad_(required[own])
         adapters_of(model).choose(active)
         raise
+    if reason := method.inert(tensors):
+        warnings.warn(f"{path}: the adapter has no effect: {reason}", stacklevel=2)
     with torch.no_grad():
         for own, tensor in method.unpack(model, name, tensors).items():
             parameters[own].copy_(tensor)

@@ -259,4 +259,4 @@ def _fits(model: Llama, found: dict[str, Any], where: str) -> None:
             raise InputError(f"{where}: {key} = {found[key]!r}, but this base has {size}: the prefix belongs to another one")
 
 
-METHODS["PREFIX_TUNING"] = Method(PrefixTuningConfig, _attach, _detach, _pack, _unpack, _to_peft, _from_peft, _fits)
+METHODS["PREFIX_TUNING"] = Method(PrefixTuningConfig, _attach, _detach, _pack, _unpack, _to_peft, _from_peft, fits=_fits)

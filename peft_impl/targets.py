@@ -43,9 +43,8 @@ def linear_targets(
                              " such as model.layers.0.self_attn.q_proj")  # fmt: skip
     else:
         for name in targets:
-            if not any(_ends_with(p, name) for p in paths):
-                beside = " outside modules_to_save" if excluded else ""
-                raise InputError(f"target_modules: {name!r} matches no module{beside}{nearest(name, _last_names(paths))}")
+            if not any(_ends_with(p, name) for p in modules):  # PEFT writes the names of excluded modules, too
+                raise InputError(f"target_modules: {name!r} matches no module{nearest(name, _last_names(paths))}")
         chosen = [p for p in paths if any(_ends_with(p, name) for name in targets)]
     for path in chosen:
         module = modules[path]

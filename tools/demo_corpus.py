@@ -7,8 +7,11 @@ answer, from what the base already knows.
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 NAMES = [
     first + second
@@ -89,16 +92,26 @@ def texts(seed: int, count: int) -> Iterator[str]:
         yield " ".join(sentences)
 
 
-def questions(held_out: bool, seed: int = 0) -> list[dict[str, str]]:
-    """Alpaca records, one for each fact of the people asked about, in random order."""
+def questions(held_out: bool, task: str = "facts", seed: int = 0) -> list[dict[str, str]]:
+    """Alpaca records about the people asked about, in random order: one for each fact ("facts"), or a request for the two
+    facts that follow each other ("pairs")."""
     known = people()
     rng = random.Random(seed)
     shuffled = rng.sample(NAMES, len(NAMES))
     names = shuffled[:HELD_OUT] if held_out else shuffled[HELD_OUT:]
-    records = [
-        {"instruction": ASKED[kind].format(name=name), "input": "", "output": known[name][kind]}
-        for name in names
-        for kind in FACTS
-    ]
+    kinds = list(FACTS)
+    records = []
+    for name in names:
+        for kind, following in zip(kinds, kinds[1:] + kinds[:1], strict=True):
+            instruction, output = ASKED[kind].format(name=name), known[name][kind]
+            if task == "pairs":
+                instruction, output = f"Tell me about {name}: {kind} and {following}.", f"{output}, {known[name][following]}"
+            records.append({"instruction": instruction, "input": "", "output": output})
     rng.shuffle(records)
     return records
+
+
+def write_lines(path: Path, items: Iterable[dict[str, Any]]) -> None:
+    """JSON lines, in a directory that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")

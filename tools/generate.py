@@ -21,6 +21,7 @@ from fsdp_train.settings import fail
 from fsdp_train.templates import alpaca_prompt, encode_prompt
 from llama import InputError, Llama, StreamDecoder, Tokenizer, chat_prompt, generate_steps
 from llama.errors import nearest
+from llama.tokenizer import CHAT_TAGS
 from peft_impl import load_adapter, set_adapter
 
 
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             chat(model, tokenizer, options)
         else:
             answer(model, tokenizer, options, names)
-    except InputError as error:
+    except (InputError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -106,14 +107,13 @@ def choose(prompt: str, names: list[str]) -> tuple[str | None, str]:
 def encode(tokenizer: Tokenizer, options: argparse.Namespace, prompt: str) -> list[int]:
     """A prompt's ids under the chosen template: the same function as in training."""
     if options.template == "chat":
-        return chat_prompt(tokenizer, conversation(options, prompt))
+        return chat_prompt(tokenizer, [*system_message(options), {"role": "user", "content": prompt}])
     return encode_prompt(tokenizer, alpaca_prompt(prompt, options.input) if options.template == "alpaca" else prompt)
 
 
-def conversation(options: argparse.Namespace, prompt: str) -> list[dict[str, str]]:
-    """The messages of a conversation that begins with `prompt`."""
-    system = [{"role": "system", "content": options.system}] if options.system else []
-    return [*system, {"role": "user", "content": prompt}]
+def system_message(options: argparse.Namespace) -> list[dict[str, str]]:
+    """What a conversation begins with: the system message, if there is one."""
+    return [{"role": "system", "content": options.system}] if options.system else []
 
 
 def answer(model: Llama, tokenizer: Tokenizer, options: argparse.Namespace, names: list[str]) -> None:
@@ -125,9 +125,7 @@ def answer(model: Llama, tokenizer: Tokenizer, options: argparse.Namespace, name
     texts = [text for _, text in chosen]
     prompts = [encode(tokenizer, options, text) for text in texts]
     if len(prompts) == 1:
-        if options.template == "none":
-            print(texts[0], end="", flush=True)
-        stream(model, tokenizer, prompts[0], options)
+        stream(model, tokenizer, prompts[0], options, texts[0] if options.template == "none" else "")
         return
     rows: list[list[int]] = [[] for _ in prompts]
     for step in steps(model, tokenizer, prompts, options):
@@ -135,18 +133,24 @@ def answer(model: Llama, tokenizer: Tokenizer, options: argparse.Namespace, name
             if token is not None:
                 row.append(token)
     for (name, text), ids, row in zip(chosen, prompts, rows, strict=True):
-        shown = tokenizer.decode(ids + row) if options.template == "none" else f"{text}\n{tokenizer.decode(row).strip()}"
+        shown = tokenizer.show(ids + row) if options.template == "none" else f"{text}\n{tokenizer.show(row).strip()}"
         print(f"--- {f'{name}: ' if name else ''}{shown}")
 
 
-def stream(model: Llama, tokenizer: Tokenizer, prompt: list[int], options: argparse.Namespace) -> str:
-    """Print the continuation as it comes; return it."""
+def stream(model: Llama, tokenizer: Tokenizer, prompt: list[int], options: argparse.Namespace, echo: str = "") -> str:
+    """Print the continuation as it comes, after `echo`; return it. Ctrl-C ends it early.
+
+    Nothing is printed before the first token is there: by then whatever is wrong with the request has been said.
+    """
     decoder, pieces = StreamDecoder(tokenizer, prompt), []
-    with contextlib.closing(steps(model, tokenizer, [prompt], options)) as running:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        contextlib.closing(steps(model, tokenizer, [prompt], options)) as running,
+    ):
         for (token,) in running:
-            if token is not None:
-                pieces.append(decoder.push(token))
-                print(pieces[-1], end="", flush=True)
+            pieces.append(decoder.push(token) if token is not None else "")
+            print(echo + pieces[-1], end="", flush=True)
+            echo = ""
     pieces.append(decoder.flush())
     print(pieces[-1], flush=True)
     return "".join(pieces)
@@ -173,24 +177,54 @@ def steps(model: Llama, tokenizer: Tokenizer, prompts: list[list[int]], options:
 
 
 def chat(model: Llama, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
-    """Read a line, answer, remember both; until an empty line or the end of the input."""
-    print("An empty line ends the conversation.", file=sys.stderr)
-    messages: list[dict[str, str]] = []
+    """Read a line, answer, remember both; until an empty line or the end of the input.
+
+    Raises:
+        InputError: the system message cannot be used; said before anyone has typed.
+    """
+    system = system_message(options)
+    chat_prompt(tokenizer, [*system, {"role": "user", "content": ""}])
+    print("An empty line ends the conversation, Ctrl-C an answer.", file=sys.stderr)
+    turns: list[dict[str, str]] = []
     while True:
         try:
             text = input("> ")
+            if not text.strip():
+                return
+            asked = recent(model, tokenizer, options, system, [*turns, {"role": "user", "content": text}])
+            reply = stream(model, tokenizer, chat_prompt(tokenizer, [*system, *asked]), options)
         except EOFError:
             return
-        if not text.strip():
-            return
-        messages = [*messages, {"role": "user", "content": text}] if messages else conversation(options, text)
-        try:
-            reply = stream(model, tokenizer, chat_prompt(tokenizer, messages), options)
-        except InputError as error:
+        except (InputError, UnicodeDecodeError) as error:  # the latter: what was typed is not UTF-8
             print(f"error: {error}", file=sys.stderr)
-            messages.pop()
             continue
-        messages.append({"role": "assistant", "content": reply})
+        turns = [*asked, {"role": "assistant", "content": without_tags(reply)}]
+
+
+def recent(
+    model: Llama,
+    tokenizer: Tokenizer,
+    options: argparse.Namespace,
+    system: list[dict[str, str]],
+    turns: list[dict[str, str]],
+) -> list[dict[str, str]]:
+    """The newest turns that leave room for an answer: of `--max-new-tokens`, or half the context if that is less."""
+    context = model.config.max_position_embeddings
+    room, kept = min(options.max_new_tokens, context // 2), turns
+    while len(kept) > 1 and len(chat_prompt(tokenizer, [*system, *kept])) + room > context:
+        kept = kept[2:]
+    if len(kept) < len(turns):
+        print(f"note: the context is full; the oldest {(len(turns) - len(kept)) // 2} turns are left out", file=sys.stderr)
+    return kept
+
+
+def without_tags(reply: str) -> str:
+    """An answer as it is remembered: a chat tag in it would forge a turn, so a space takes its place."""
+    for tag in CHAT_TAGS:
+        if tag in reply:
+            print(f"note: the answer contains {tag}; it is remembered without", file=sys.stderr)
+            reply = reply.replace(tag, " ")
+    return reply
 
 
 if __name__ == "__main__":

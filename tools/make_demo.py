@@ -8,12 +8,10 @@ Everything follows from seeds. It takes about eight minutes on two cores.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sentencepiece import SentencePieceTrainer
 
@@ -22,7 +20,7 @@ from fsdp_train.settings import fail
 from fsdp_train.templates import alpaca_prompt
 from llama import PRESETS, InputError
 from llama.files import new_directory
-from tools.demo_corpus import NAMES, questions, texts
+from tools.demo_corpus import NAMES, questions, texts, write_lines
 
 DOCUMENTS = 50_000
 PRETRAINING = {
@@ -40,8 +38,9 @@ PRETRAINING = {
     "checkpoint.every": "0",
 }
 NOTICE = """# Where this comes from
-Everything in this directory but `run.toml` was made by `python -m tools.make_demo` of this project: statements and questions
-about people who do not exist (`tools/demo_corpus.py`), a tokenizer and a base model trained on those statements alone.
+Everything in this directory but the `.toml` files was made by `python -m tools.make_demo` of this project: statements and
+questions about people who do not exist (`tools/demo_corpus.py`), a tokenizer and a base model trained on those statements
+alone.
 Licence: Apache-2.0, as the project.
 """
 
@@ -54,14 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         with new_directory(options.output, options.replace) as demo, tempfile.TemporaryDirectory() as work:
-            build(demo, Path(work), Path(options.output) / "run.toml")
+            build(demo, Path(work), Path(options.output))
     except InputError as error:
         fail(error)
 
 
-def build(demo: Path, work: Path, run_toml: Path) -> None:
-    """Fill the directory `demo`; `run.toml`, which is written by hand, is carried over."""
-    shutil.copyfile(run_toml, demo / "run.toml")
+def build(demo: Path, work: Path, old: Path) -> None:
+    """Fill the directory `demo`; the methods' settings, which are written by hand, are carried over from the `old` one."""
+    for settings in old.glob("*.toml"):
+        shutil.copyfile(settings, demo / settings.name)
     write_lines(work / "corpus.jsonl", ({"text": text} for text in texts(seed=1, count=DOCUMENTS)))
     train_tokenizer(work / "tokenizer")
     flags = {
@@ -94,11 +94,6 @@ def train_tokenizer(prefix: Path) -> None:
         hard_vocab_limit=False,
         minloglevel=2,
     )
-
-
-def write_lines(path: Path, items: Iterable[dict[str, Any]]) -> None:
-    """JSON lines."""
-    path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         load_adapter(model, options.adapter)
         report = merge_and_unload(model)
         llama.save(model, options.output, tokenizer_from=options.model)
-    except InputError as error:
+    except (InputError, OSError) as error:
         fail(error)
     print(
         f"merged {report.modules} modules into {options.output}, {str(dtype).removeprefix('torch.')}:"

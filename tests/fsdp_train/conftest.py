@@ -33,7 +33,7 @@ def dataset(
     directory: Path, records: Sequence[dict[str, Any]] | str, tokenizer: Any = None, length: int = CONTEXT, format: str = "auto"
 ) -> Dataset:
     """A dataset of these records as JSON lines, or of this text."""
-    path = directory / "data.jsonl"
+    path = directory / ("data.txt" if isinstance(records, str) else "data.jsonl")
     path.write_text(records if isinstance(records, str) else "\n".join(map(json.dumps, records)), encoding="utf-8")
     return load_dataset(str(path), format, tokenizer, VOCAB, length)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fsdp_train import checkpoint, run
@@ -25,8 +26,10 @@ def flags(model_dir: Path, data: Path, out: Path, *more: object) -> list[str]:
     chosen = [
         *("--model.path", model_dir, "--data.path", data, "--train.output_dir", out, "--train.max_steps", 12),
         *("--train.batch_size", 4, "--parallel.precision", "fp32", "--checkpoint.every", 5, "--log.every", 1),
-        *("--train.samples", 0, "--finetune.lora.lora_dropout", 0.1, *more),
+        *("--train.samples", 0, *more),
     ]
+    if "full" not in more:
+        chosen += ["--finetune.lora.lora_dropout", 0.1]
     return list(map(str, chosen))
 
 
@@ -99,6 +102,7 @@ def finished(model_dir: Path, alpaca_file: Path, tmp_path_factory: pytest.TempPa
     [
         (("--train.batch_size", 2), "batch"),
         (("--finetune.lora.r", 4), "finetune"),
+        (("--optim.lr", 1e-3), "optim"),
         (("--train.seed", 1), "order"),
         (("--data.max_length", 20), "data"),
         (("--parallel.precision", "bf16"), "precision"),
@@ -163,3 +167,48 @@ def test_only_what_trains_is_saved(finished: Path) -> None:
     assert {name.partition("/")[0] for name in tensors} == {"parameter", "exp_avg", "exp_avg_sq", "step"}
     keep = [p.name for p in checkpoints(finished / "checkpoints")]
     assert keep == ["step_00000005", "step_00000010"]
+
+
+def test_starting_over_leaves_no_checkpoint_of_the_old_run(
+    finished: Path, model_dir: Path, alpaca_file: Path, tmp_path: Path, request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Or the next `auto` would continue from it. The same when a run continues from an older one than the newest."""
+    for flag, left in ((("none"), []), (str(tmp_path / "1" / "checkpoints" / "step_00000005"), ["step_00000005"])):
+        out = tmp_path / str(len(left))
+        shutil.copytree(finished, out)
+        main(flags(model_dir, alpaca_file, out, "--checkpoint.resume", flag, "--checkpoint.every", 0))
+        assert [p.name for p in checkpoints(out / "checkpoints")] == left
+        assert "step_00000010: it is beyond step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("step", [5, 10])
+def test_a_full_disk_ends_the_run_and_spares_what_is_there(
+    step: int, model_dir: Path, alpaca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    saved = checkpoint.save_file
+
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if f"step_{step:08d}" in str(path):
+            path.write_bytes(b"half")
+            raise SafetensorError("No space left on device (os error 28)")
+        saved(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(SystemExit) as stopped:
+        main(flags(model_dir, alpaca_file, tmp_path / "out"))
+    assert stopped.value.code == 2
+    message = f"step_{step:08d} could not be written: No space left on device"
+    assert message in capsys.readouterr().err
+    directory = tmp_path / "out" / "checkpoints"
+    assert [p.name for p in directory.iterdir()] == ["step_00000005"] * (step == 10)
+
+
+def test_a_row_that_was_half_written_is_dropped(finished: Path, model_dir: Path, alpaca_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')
+    main(flags(model_dir, alpaca_file, out, "--train.max_steps", 14))
+    assert [row["step"] for row in rows(out)] == list(range(1, 15))

@@ -83,7 +83,7 @@ def test_windows_predict_every_token_once(characters: int, length: int, tmp_path
 def test_several_texts_do_not_run_into_each_other(tmp_path: Path) -> None:
     data = dataset(tmp_path, [{"text": "abc"}, {"text": "de"}], Letters(), length=4)
     assert [s.ids.tolist() for s in data.samples] == [[BOS, 97, 98, 99], [99, EOS], [BOS, 100, 101, EOS]]
-    assert [s.where[-2:] for s in data.samples] == [":1", ":1", ":2"]
+    assert [s.where.partition(".jsonl")[2] for s in data.samples] == [":1[token 0]", ":1[token 3]", ":2[token 0]"]
 
 
 def test_a_text_file_is_one_text(tmp_path: Path) -> None:

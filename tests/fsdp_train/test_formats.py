@@ -54,9 +54,40 @@ DETECTED = [
 
 @pytest.mark.parametrize(("text", "format"), DETECTED)
 def test_the_first_record_tells_the_format(text: str, format: str, tmp_path: Path) -> None:
-    (tmp_path / "data").write_text(text)
-    assert read_records(tmp_path / "data", "auto") == read_records(tmp_path / "data", format)
-    assert read_records(tmp_path / "data", "auto")[0] == format
+    """Whatever the file is called, but for prose in a file that says it is JSON."""
+    for name in ("data", "data.jsonl") if text.startswith("{") else ("data", "data.txt"):
+        (tmp_path / name).write_text(text)
+        assert read_records(tmp_path / name, "auto")[0] == format
+        if format != "text":
+            assert read_records(tmp_path / name, "auto") == read_records(tmp_path / name, format)
+    assert read_records(tmp_path / name, "auto") == read_records(tmp_path / name, format)
+
+
+def test_a_file_that_says_json_is_never_prose(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('"instruction": "a", "output": "b"}\n{"instruction": "a", "output": "b"}\n')
+    for format in ("auto", "text", "alpaca"):
+        with pytest.raises(InputError, match=r"data\.jsonl:1:14: not JSON: Extra data$"):
+            read_records(tmp_path / "data.jsonl", format)
+
+
+def test_prose_may_begin_with_a_bracket(tmp_path: Path) -> None:
+    (tmp_path / "song.txt").write_text("[Verse 1]\nLa la la\n")
+    assert read_records(tmp_path / "song.txt", "text")[1][0].fields == {"text": "[Verse 1]\nLa la la\n"}
+    with pytest.raises(InputError, match=r"song\.txt:1:2: not JSON: .*; for plain text give --data\.format text"):
+        read_records(tmp_path / "song.txt", "auto")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n{"text": "b", "text": "c"}\n')
+    with pytest.raises(InputError, match=r"data\.jsonl:2: not JSON: the key 'text' appears twice"):
+        read_records(tmp_path / "data.jsonl", "auto")
+
+
+def test_hints_never_name_a_key_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"instruction": "a", "response": "b"}\n')
+    with pytest.raises(InputError, match="fit no format") as refused:
+        read_records(tmp_path / "data.jsonl", "auto")
+    assert "did you mean 'instruction'" not in str(refused.value)
 
 
 def test_plain_text_is_one_record_as_it_stands(tmp_path: Path) -> None:

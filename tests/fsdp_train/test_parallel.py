@@ -156,6 +156,35 @@ def bf16_losses(rank: int) -> list[float]:
     return losses
 
 
+def dora_gradients(rank: int) -> dict[str, torch.Tensor]:
+    """What a bf16 step does to DoRA's magnitudes, which stand close to one."""
+    with process_group(ParallelConfig(strategy="fsdp")) as world:
+        model = build("dora", dtype=torch.bfloat16)
+        model.model.compute_dtype = torch.bfloat16
+        wrapped = parallel.shard(model, world, torch.bfloat16)
+        with torch.no_grad():
+            return {"logits": wrapped(torch.arange(20)[None])}
+
+
+def test_adapters_compute_in_fp32_where_they_do_without_sharding(tmp_path: Path) -> None:
+    model = build("dora", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = model(torch.arange(20)[None])
+    for found in spawn(2, dora_gradients, tmp_path=tmp_path):
+        assert torch.equal(found["logits"], expected)
+
+
+def test_the_checksum_sees_a_single_bit() -> None:
+    model = build("lora", dtype=torch.bfloat16)
+    with process_group(ParallelConfig()) as world:
+        before = frozen_checksum(model, world)
+        weight = model.model.layers[1].mlp.up_proj.weight.data.view(torch.int16)
+        weight[3, 5] ^= 1
+        assert frozen_checksum(model, world) != before
+        weight[3, 5] ^= 1
+        assert frozen_checksum(model, world) == before
+
+
 def test_fp32_masters_beside_a_bf16_base(tmp_path: Path) -> None:
     one, two = bf16_losses(0), spawn(2, bf16_losses, tmp_path=tmp_path)[0]
     assert one[-1] < one[0] - 0.1

@@ -104,7 +104,10 @@ PATHS: dict[str, dict[str, tuple[Callable[[Place], object], str]]] = {
         "no bytes": (lambda p: cut(p.model(), WEIGHTS, 0), "model.safetensors is damaged or not a safetensors file"),
         "a cut header": (lambda p: cut(p.model(), WEIGHTS, 100), "model.safetensors is damaged or not a safetensors file"),
         "cut tensors": (lambda p: cut_tensors(p.model(), WEIGHTS), "model.safetensors is damaged or not a safetensors file"),
-        "no tensors": (lambda p: tensors(p.model(), WEIGHTS, dict.clear), "30 tensors are missing: model.embed_tokens.weight"),
+        "no tensors": (
+            lambda p: tensors(p.model(), WEIGHTS, dict.clear),
+            "embed_tokens.weight is missing; found no tensors",
+        ),
         "a tensor less": (
             lambda p: tensors(p.model(), WEIGHTS, lambda t: t.pop(NORM)),
             "1 tensors are missing: model.norm.weight",
@@ -118,8 +121,8 @@ PATHS: dict[str, dict[str, tuple[Callable[[Place], object], str]]] = {
             "model.norm.weight has shape (63,); the configuration says (64,)",
         ),
         "cut settings": (lambda p: cut(p.model(), CONFIG, 30), "config.json:"),
-        "too many layers": (lambda p: p.model(num_hidden_layers=4), "9 tensors are missing: model.layers.3."),
-        "too few layers": (lambda p: p.model(num_hidden_layers=2), "9 tensors do not belong to this model: model.layers.2."),
+        "too many layers": (lambda p: p.model(num_hidden_layers=4), "the weights have 3 layers; the configuration says 4"),
+        "too few layers": (lambda p: p.model(num_hidden_layers=2), "the weights have 3 layers; the configuration says 2"),
         "other heads": (lambda p: p.model(num_key_value_heads=4), "has shape (32, 64); the configuration says (64, 64)"),
         "other width": (lambda p: p.model(intermediate_size=128), "has shape (172, 64); the configuration says (128, 64)"),
         "other vocabulary": (lambda p: p.model(vocab_size=400), "has shape (300, 64); the configuration says (400, 64)"),
@@ -130,7 +133,11 @@ PATHS: dict[str, dict[str, tuple[Callable[[Place], object], str]]] = {
         ),
         "not a number": (lambda p: p.model(rms_norm_eps=NAN), "rms_norm_eps is nan; expected a positive finite number"),
         "another's tokenizer": (
-            lambda p: p.model(vocab_size=VOCAB - 1),
+            lambda p: tensors(
+                p.model(vocab_size=VOCAB - 1),
+                WEIGHTS,
+                lambda t: t.update({name: t[name][1:].clone() for name in ("model.embed_tokens.weight", "lm_head.weight")}),
+            ),
             "300 pieces, the model only 299: they do not belong tog",
         ),
         "no tokenizer": (
@@ -175,7 +182,7 @@ PATHS: dict[str, dict[str, tuple[Callable[[Place], object], str]]] = {
         "below a file": (lambda p: p.file("x") / "a" / "b", "data.jsonl is not a directory"),
         "a long name": (lambda p: p.tmp / ("n" * 300), "nnn: File name too long"),
         "a finished adapter": (lambda p: p.output("adapter"), "out holds a finished run"),
-        "a finished model": (lambda p: p.output("model"), "or replace it with --checkpoint.resume none"),
+        "another method's result": (lambda p: p.output("model"), "holds the result of another method"),
         "something in the way": (lambda p: p.output("metrics.jsonl"), "out cannot be written: Is a directory"),
     },
     "finetune.from_adapter": {
@@ -187,7 +194,7 @@ PATHS: dict[str, dict[str, tuple[Callable[[Place], object], str]]] = {
         "no settings": (lambda p: p.adapter(ADAPTER_CONFIG), "adapter_config.json does not exist"),
         "cut weights": (lambda p: cut(p.adapter(), ADAPTER_WEIGHTS, 300), "adapter_model.safetensors is damaged or not a"),
         "another rank": (lambda p: p.adapter(r=4), "has shape (2, 64); this model needs (4, 64)"),
-        "another method": (lambda p: p.adapter(peft_type="LOHA"), "adapter_config.json: peft_type is 'LOHA'; expected LORA"),
+        "another method": (lambda p: p.adapter(peft_type="LOHA"), "adapter_config.json: peft_type is 'LOHA'; expected ADA"),
         "a tensor less": (
             lambda p: tensors(p.adapter(), ADAPTER_WEIGHTS, lambda t: t.pop(Q_A)),
             f"1 of 12 tensors are missing: {Q_A}",
@@ -219,7 +226,7 @@ PATHS: dict[str, dict[str, tuple[Callable[[Place], object], str]]] = {
 FLAGS: list[tuple[list[str], str]] = [
     (["--train.max_stpes=5"], "unknown argument '--train.max_stpes=5' - did you mean '--train.max_steps'?"),
     (["alpaca.json"], "unknown argument 'alpaca.json'"),
-    (["--finetune.method=loar"], "--finetune.method loar: expected lora or full - did you mean 'lora'?"),
+    (["--finetune.method=loar"], "--finetune.method loar: expected lora or llama_adapter or prefix or full - did you"),
     (["--checkpoint.resume=atuo"], "--checkpoint.resume atuo: not a checkpoint (no state.json); expected auto, none or"),
     (["--data.format=completion"], "alpaca.json[0]: no 'prompt' (format completion); found instruction, output"),
     (["--data.max_length=20"], "20 were cut at 20 tokens, before their response began"),
@@ -237,7 +244,19 @@ FLAGS: list[tuple[list[str], str]] = [
     (["--train.epochs=2"], "--train.max_steps and --train.epochs are given both; choose one"),
     (["--model.preset=demo"], "--model.path and --model.preset are given both; choose one"),
     (["--data.eval_fraction=0.1", "--data.eval_path=x"], "--data.eval_fraction and --data.eval_path are given both"),
-    (["--finetune.from_adapter=x", "--finetune.method=full"], "--finetune.from_adapter goes with --finetune.method lora, not"),
+    (["--finetune.from_adapter=x", "--finetune.method=full"], "from_adapter goes with --finetune.method lora or llama_adapter"),
+    (["--train.eval_every=5"], "--train.eval_every needs held-out data: --data.eval_path or --data.eval_fraction"),
+    (["--optim.warmup_steps=5", "--train.max_steps=5"], "--optim.warmup_steps 5: the run has 5 steps"),
+    (
+        ["--finetune.method=full", "--finetune.lora.r=4"],
+        "--finetune.lora is set, but --finetune.method is full, which does not use it",
+    ),
+    (
+        ["--finetune.from_adapter=x", "--finetune.lora.r=4"],
+        "--finetune.lora is set, but --finetune.from_adapter brings its own settings",
+    ),
+    (["--finetune.method=llama_adapter"], "adapter_layers = 30; the model has 3 layers"),
+    (["--finetune.method=prefix", "--finetune.prefix.init_std=0"], "--finetune.prefix: init_std = 0.0; expected a positive"),
     (["--train.exact_match=5"], "--train.exact_match needs held-out data: --data.eval_path or --data.eval_fraction"),
     (["--model.path=", "--model.preset=demo"], "which only --finetune.method full can train"),
     (["--model.path=", "--model.preset=dmo", "--finetune.method=full"], "--model.preset dmo: expected"),
@@ -338,7 +357,7 @@ def test_texts_cannot_be_compared_without_a_tokenizer(
 
 
 def test_one_sample_cannot_be_split(place: Place, alpaca_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [f"--data.path={place.file('one text')}", "--data.eval_fraction=0.1"]
+    flags = [f"--data.path={place.file(json.dumps({'text': 'one text'}))}", "--data.eval_fraction=0.1"]
     assert "--data.eval_fraction 0.1 of 1 samples leaves none to train on" in refused(place, alpaca_file, flags, capsys)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -14,7 +15,11 @@ from safetensors.torch import load_file
 
 import llama
 from fsdp_train import train
+from fsdp_train.data import load_dataset
 from fsdp_train.main import main
+from fsdp_train.parallel import ParallelConfig, process_group
+from fsdp_train.run import Run
+from fsdp_train.train import NonFiniteError
 from peft_impl import load_adapter, read_adapter
 from tests.launch import torchrun
 from tests.oracle import DATA, STORIES, hf_model, largest, needs_data
@@ -196,3 +201,54 @@ def test_tokens_need_no_tokenizer(tmp_path: Path, model_dir: Path) -> None:
     flags = ["--data.path", str(tmp_path / "data.jsonl"), "--train.output_dir", str(tmp_path / "out"), "--train.max_steps", "2"]
     main(["--model.path", str(bare), *flags])
     assert (tmp_path / "out" / "adapter").exists()
+
+
+def test_ids_that_the_tokenizer_lacks_are_shown(
+    tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A preset has more rows than the tokenizer pieces, and random weights choose any of them."""
+    text = tmp_path / "story.txt"
+    text.write_text("Once upon a time there was a tokenizer. " * 30)
+    main(
+        [
+            *("--model.preset", "demo", "--model.tokenizer", str(tokenizer_dir), "--finetune.method", "full"),
+            *("--data.path", str(text), "--data.max_length", "32", "--train.max_steps", "1"),
+            *("--train.output_dir", str(tmp_path / "out")),
+        ]
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert re.search(r"before training.*\n  answer: .*<\d+>", said)
+    assert "story.txt[token 0]" in said
+
+
+def test_what_was_trained_is_kept_whatever_comes_after(
+    model_dir: Path, alpaca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure = Run.measure
+
+    def interrupted(self: Run, moment: str) -> Any:
+        if moment == "after":
+            raise KeyboardInterrupt
+        return measure(self, moment)
+
+    monkeypatch.setattr(Run, "measure", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(
+            [
+                *("--model.path", str(model_dir), "--data.path", str(alpaca_file), "--train.max_steps", "2"),
+                *("--train.output_dir", str(tmp_path / "out"), "--train.samples", "0"),
+            ]
+        )
+    assert stopped.value.code == 130
+    assert "interrupted; the same command" in capsys.readouterr().err
+    read_adapter(tmp_path / "out" / "adapter")
+
+
+def test_an_evaluation_that_is_not_finite_is_no_result(alpaca_file: Path, tokenizer_dir: Path) -> None:
+    class Broken(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return torch.tensor(float("nan"))
+
+    data = load_dataset(str(alpaca_file), "auto", llama.Tokenizer(tokenizer_dir), 300, 512)
+    with process_group(ParallelConfig()) as world, pytest.raises(NonFiniteError, match=r"the evaluation loss on \S+ is nan"):
+        train.evaluate(Broken(), data, 4, world)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -63,3 +66,14 @@ def differing(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
 def files_below(path: Path) -> list[str]:
     """Every file and directory below `path`, hidden ones too."""
     return sorted(str(p.relative_to(path)) for p in path.rglob("*"))
+
+
+@contextmanager
+def full_disk(room: int = 100_000) -> Iterator[None]:
+    """Within, writing ends in an error after `room` bytes of a file, as on a disk without space."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))  # Python ignores the signal that would come with it
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

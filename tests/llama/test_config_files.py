@@ -13,6 +13,7 @@ import transformers
 
 from llama import LlamaConfig
 from llama.config_files import config_from_hf, config_to_hf
+from llama.files import read_json
 from tests.oracle import SHAPES, STORIES, needs_data
 
 FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -25,36 +26,37 @@ LLAMA2 = {  # as the published Llama-2-7b-hf states it
     **{"bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "torch_dtype": "float16", "use_cache": True},
     **{"transformers_version": "4.31.0.dev0", "vocab_size": 32000},
 }
+LEAST = {"model_type": "llama", "rms_norm_eps": 1e-6}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "nothing but the type": {"model_type": "llama"},
+    "nothing but what must be there": LEAST,
     "llama 2": LLAMA2,
-    "heads null": {"model_type": "llama", "num_key_value_heads": None, "head_dim": None},
-    "grouped heads": {"model_type": "llama", "num_key_value_heads": 8, "head_dim": 128},
-    "several eos": {"model_type": "llama", "eos_token_id": [2, 32007]},
-    "no eos": {"model_type": "llama", "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0},
-    "theta at the top": {"model_type": "llama", "rope_theta": 1e6},
-    "theta null": {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": None},
-    "theta in rope_parameters": {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+    "heads null": {**LEAST, "num_key_value_heads": None, "head_dim": None},
+    "grouped heads": {**LEAST, "num_key_value_heads": 8, "head_dim": 128},
+    "several eos": {**LEAST, "eos_token_id": [2, 32007]},
+    "no eos": {**LEAST, "eos_token_id": None, "bos_token_id": None, "pad_token_id": 0},
+    "theta at the top": {**LEAST, "rope_theta": 1e6},
+    "theta null": {**LEAST, "rope_theta": 5e5, "rope_scaling": None},
+    "theta in rope_parameters": {**LEAST, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
     "rope_parameters beat the top": {
-        **{"model_type": "llama", "rope_theta": 6.0},
+        **{**LEAST, "rope_theta": 6.0},
         "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
     },
-    "rope_parameters without theta": {"model_type": "llama", "rope_theta": 6.0, "rope_parameters": {"rope_type": "default"}},
-    "rope_parameters null": {"model_type": "llama", "rope_theta": 6.0, "rope_parameters": None},
-    "rope_parameters empty": {"model_type": "llama", "rope_theta": 6.0, "rope_parameters": {}},
+    "rope_parameters without theta": {**LEAST, "rope_theta": 6.0, "rope_parameters": {"rope_type": "default"}},
+    "rope_parameters null": {**LEAST, "rope_theta": 6.0, "rope_parameters": None},
+    "rope_parameters empty": {**LEAST, "rope_theta": 6.0, "rope_parameters": {}},
     "rope_scaling replaces rope_parameters": {
-        **{"model_type": "llama", "rope_scaling": {"rope_type": "default", "rope_theta": 8.0}},
+        **{**LEAST, "rope_scaling": {"rope_type": "default", "rope_theta": 8.0}},
         "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
     },
     "rope_scaling without theta replaces rope_parameters": {
-        **{"model_type": "llama", "rope_scaling": {"type": "default"}},
+        **{**LEAST, "rope_scaling": {"type": "default"}},
         "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
     },
     "rope_scaling without theta leaves the top": {
-        **{"model_type": "llama", "rope_scaling": {"type": "default"}, "rope_theta": 6.0},
+        **{**LEAST, "rope_scaling": {"type": "default"}, "rope_theta": 6.0},
         "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
     },
-    "dtype and torch_dtype": {"model_type": "llama", "dtype": "bfloat16", "torch_dtype": "float16"},
+    "dtype and torch_dtype": {**LEAST, "dtype": "bfloat16", "torch_dtype": "float16"},
 }
 
 
@@ -84,10 +86,15 @@ def test_the_real_config(tmp_path: Path) -> None:
 
 
 def test_defaults_are_hfs_not_llama_2s() -> None:
-    """A file that leaves a value out means HF's default, which for three of them is not Llama 2's."""
-    config = config_from_hf({"model_type": "llama"}, "config.json")
-    assert (config.rms_norm_eps, config.max_position_embeddings, config.rope_theta) == (1e-6, 2048, 10000.0)
-    assert LlamaConfig().rms_norm_eps == 1e-5
+    """A file that leaves a value out means HF's default; the eps alone is never assumed (`test_refusals.py`)."""
+    config = config_from_hf(LEAST, "config.json")
+    assert (config.max_position_embeddings, config.rope_theta) == (2048, 10000.0)
+    assert LlamaConfig().max_position_embeddings == 4096
+
+
+def test_a_byte_order_mark_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA2), encoding="utf-8-sig")
+    assert read_json(tmp_path / "config.json") == LLAMA2
 
 
 @pytest.mark.parametrize("eos", [None, 2, (2, 32007)])
@@ -118,7 +125,7 @@ def test_both_spellings_are_written() -> None:
 
 def test_a_setting_nobody_knows_is_pointed_out() -> None:
     with pytest.warns(UserWarning, match=r"config\.json: settings not used here: use_sliding_window"):
-        config_from_hf({"model_type": "llama", "use_sliding_window": True}, "config.json")
+        config_from_hf({**LEAST, "use_sliding_window": True}, "config.json")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config_from_hf(LLAMA2, "config.json")

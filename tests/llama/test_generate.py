@@ -136,6 +136,18 @@ def test_temperature_zero_takes_the_likeliest_whatever_top_p() -> None:
         assert generate(Fixed(LOGITS), [[0]] * 3, 2, temperature=0.0, top_p=top_p) == [[1, 1]] * 3
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-40, 5e-324])
+def test_a_tiny_temperature_takes_the_likeliest(temperature: float) -> None:
+    assert generate(Fixed(LOGITS), [[0]] * 3, 2, temperature=temperature, seed=0) == [[1, 1]] * 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_refused(wrong: float, temperature: float) -> None:
+    with pytest.raises(InputError, match="the model's logits are not finite"):
+        generate(Fixed([0.0, wrong, 0.0]), [[0]], 2, temperature=temperature)
+
+
 # the end
 
 
@@ -193,6 +205,8 @@ def test_the_context_can_be_filled_to_the_last_token() -> None:
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens 0"),
         ([[1]], {"temperature": -0.1}, "temperature -0.1"),
         ([[1]], {"temperature": float("nan")}, "temperature nan"),
+        ([[1]], {"seed": 10**23}, "seed 100000000000000000000000; expected a number of at most 64 bits"),
+        ([[1]], {"seed": -(2**63) - 1}, "expected a number of at most 64 bits"),
         ([[1]], {"top_p": 0.0}, "top_p 0.0"),
         ([[1]], {"top_p": 1.1}, "top_p 1.1"),
         ([[1]], {"top_p": float("nan")}, "top_p nan"),

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import llama
 import llama.io
 from llama import InputError
 from llama.weight_files import load_pickled, open_weights
-from tests.llama.common import differing, files_below, tiny, tiny_hf, token_ids
+from tests.llama.common import differing, files_below, full_disk, tiny, tiny_hf, token_ids
 from tests.oracle import SHAPES, STORIES, hf_model, needs_data
 
 SMALL = 100_000  # bytes per shard: several shards for the tiny models
@@ -286,9 +287,18 @@ def test_a_failing_rename_restores_what_was_there(exists: bool, tmp_path: Path, 
         return original(self, target)
 
     monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(InputError, match=r"saved cannot be written: no space"):
         llama.save(tiny("gqa"), tmp_path / "saved", replace=True)
     assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("save", [llama.save, llama.save_meta])
+def test_a_full_disk_is_said_and_leaves_nothing(save: Callable[..., None], tmp_path: Path) -> None:
+    model = tiny("gqa")
+    with full_disk(), pytest.raises(InputError, match=r"saved cannot be written: .*File too large"):
+        save(model, tmp_path / "saved")
+    assert files_below(tmp_path) == []
+    save(model, tmp_path / "saved")
 
 
 def test_damage_on_the_way_to_the_disk_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +311,9 @@ def test_damage_on_the_way_to_the_disk_is_seen(tmp_path: Path, monkeypatch: pyte
         path.write_bytes(data)
 
     monkeypatch.setattr(llama.io, "save_file", flips_a_bit)
-    with pytest.raises(OSError, match=r"model\.safetensors: \S+ was not written as it is in memory"):
+    with pytest.raises(
+        InputError, match=r"saved cannot be written: model\.safetensors: \S+ was not written as it is in memory"
+    ):
         llama.save(tiny("gqa"), tmp_path / "saved")
     assert files_below(tmp_path) == []
 
@@ -328,9 +340,25 @@ def test_an_existing_directory_is_kept_unless_replaced(tmp_path: Path) -> None:
 def test_a_model_that_is_not_plain_is_refused(tmp_path: Path) -> None:
     model = tiny("gqa")
     model.model.layers[0].self_attn.extra = torch.nn.Linear(2, 2, bias=False)
-    with pytest.raises(InputError, match=r"not a plain Llama: model\.layers\.0\.self_attn\.extra\.weight; merge or remove"):
-        llama.save(model, tmp_path / "saved")
+    for save in (llama.save, llama.save_meta):
+        with pytest.raises(InputError, match=r"not a plain Llama: model\.layers\.0\.self_attn\.extra\.weight; call .*unload"):
+            save(model, tmp_path / "saved")
     assert files_below(tmp_path) == []
+
+
+@pytest.mark.parametrize("save", [llama.save, llama.save_meta])
+def test_weights_that_are_not_finite_are_not_saved(save: Callable[..., None], tmp_path: Path) -> None:
+    model = tiny("tied")
+    with torch.no_grad():
+        model.model.norm.weight[3] = 1e30
+    save(model, tmp_path / "finite")
+    with pytest.raises(InputError, match=r"model\.norm\.weight holds NaN or infinity in float16"):
+        save(model, tmp_path / "saved", dtype=torch.float16)
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    with pytest.raises(InputError, match=r"model\.norm\.weight holds NaN or infinity in float32"):
+        save(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:

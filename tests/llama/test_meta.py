@@ -148,8 +148,8 @@ def test_any_feed_forward_size_can_be_stated_through_the_formula() -> None:
         ({"ffn_dim_multiplier": float("nan")}, "params.json: cannot convert float NaN to integer"),
         ({"multiple_of": 0}, "params.json: "),
         ({"dim": "64"}, "params.json: "),
-        ({"n_layers": 2}, "9 tensors do not belong to this model: model.layers.2."),
-        ({"n_layers": 4}, "9 tensors are missing: model.layers.3."),
+        ({"n_layers": 2}, "the weights have 3 layers; the configuration says 2"),
+        ({"n_layers": 10**9}, "the weights have 3 layers; the configuration says 1000000000"),
         ({"n_kv_heads": 4}, "k_proj.weight has shape (16, 64); the configuration says (32, 64)"),
         ({"n_kv_heads": None}, "k_proj.weight has shape (16, 64); the configuration says (64, 64)"),
         ({"n_heads": 5}, "params.json: hidden_size 64 is not a multiple of num_attention_heads 5"),
@@ -167,6 +167,9 @@ def test_params_that_lie_are_refused(changes: dict[str, Any], message: str, tmp_
 
 
 def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
+    for shards in (0, -1):
+        with pytest.raises(InputError, match=f"shards is {shards}; expected a positive integer"):
+            llama.save_meta(tiny("gqa"), tmp_path / "meta", shards)
     with pytest.raises(InputError, match="2 key/value heads cannot be cut into 3 shards"):
         llama.save_meta(tiny("gqa"), tmp_path / "meta", shards=3)
     with pytest.raises(InputError, match=r"output\.weight has 97 entries along dimension 0; 2 shards do not divide it"):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,14 @@ from torch import Tensor
 
 import llama
 from llama import InputError, Tokenizer
+from llama.files import check_free
 from llama.weight_files import load_pickled
 from tests.llama.common import tiny
 from tests.llama.meta_files import write_meta
 
 Damage = Callable[[Path], Any]
 Q0, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +124,13 @@ TABLE: list[tuple[str, str, Damage, str]] = [
     ("truncated shard", "shards", cut_off(SHARD, 0.9), "{path}/" + SHARD + " is damaged or not a safetensors file"),
     # tensors
     ("missing tensor", "single", tensors(lambda t: t.pop(Q0)), "{path}: 1 tensors are missing: " + Q0),
+    (
+        "no embedding",
+        "single",
+        tensors(lambda t: t.pop(EMBEDDING)),
+        "{path}: " + EMBEDDING + " is missing; found lm_head.weight",
+    ),
+    ("no tensors", "single", tensors(dict.clear), "{path}: " + EMBEDDING + " is missing; found no tensors"),
     ("missing head", "single", tensors(lambda t: t.pop("lm_head.weight")), "lm_head.weight (tie_word_embeddings is false)"),
     (
         "unknown tensor",
@@ -142,6 +154,18 @@ TABLE: list[tuple[str, str, Damage, str]] = [
     ("int8", "single", tensors(lambda t: t.update({Q0: t[Q0].char()})), Q0 + " holds torch.int8; quantised weights"),
     # config.json
     ("not JSON", "single", text("config.json", '{"model_type": '), "{path}/config.json:1:16: not JSON"),
+    (
+        "a number too long",
+        "single",
+        text("config.json", '{"vocab_size": ' + "1" * 5000 + "}"),
+        "{path}/config.json cannot be read",
+    ),
+    ("nested too deeply", "single", text("config.json", "[" * 100_000), "{path}/config.json cannot be read: maximum recursion"),
+    (
+        *("a key twice", "single", text("config.json", '{"a": {"vocab_size": 1, "vocab_size": 2}}')),
+        "{path}/config.json cannot be read: the key 'vocab_size' appears twice in one object",
+    ),
+    ("no eps", "single", config(rms_norm_eps=...), "{path}/config.json: no rms_norm_eps; expected a number (1e-5 in Llama 2)"),
     ("empty config", "single", text("config.json", ""), "{path}/config.json:1:1: not JSON"),
     ("a list", "single", text("config.json", "[1]"), "{path}/config.json holds a list; expected a JSON object"),
     ("not UTF-8", "single", text("config.json", b"\xff\xfe"), "{path}/config.json cannot be read"),
@@ -158,8 +182,15 @@ TABLE: list[tuple[str, str, Damage, str]] = [
     ("infinite theta in object", "single", config(rope_parameters=rope(rope_theta=float("inf"))), "rope_theta is inf"),
     ("theta is text", "single", config(rope_parameters=rope(rope_theta="1e4")), "rope_theta is '1e4'; expected a positive"),
     ("zero layers", "single", config(num_hidden_layers=0), "num_hidden_layers is 0; expected a positive integer"),
-    ("fewer layers", "single", config(num_hidden_layers=2), "9 tensors do not belong to this model: model.layers.2."),
-    ("more layers", "single", config(num_hidden_layers=4), "9 tensors are missing: model.layers.3."),
+    ("fewer layers", "single", config(num_hidden_layers=2), "{path}: the weights have 3 layers; the configuration says 2"),
+    ("more layers", "single", config(num_hidden_layers=10**9), "have 3 layers; the configuration says 1000000000"),
+    (
+        *("a huge width", "single", config(hidden_size=10**12, head_dim=...)),
+        "model.embed_tokens.weight has shape (97, 64); the configuration says (97, 1000000000000)",
+    ),
+    ("a huge feed-forward", "single", config(intermediate_size=10**30), "gate_proj.weight has shape (172, 64); the config"),
+    ("a huge vocabulary", "single", config(vocab_size=10**30), "embed_tokens.weight has shape (97, 64); the configuration"),
+    ("a huge theta", "single", config(rope_theta=10**400, rope_parameters=...), "expected a positive finite number"),
     (
         "vocabulary",
         "single",
@@ -298,6 +329,55 @@ def test_a_bad_directory_is_refused(layout: str, damage: Damage, message: str, g
         llama.load(path)
     assert message.format(path=path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory that every user may search, which pytest's own is not."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
+@contextmanager
+def permissions(path: Path, mode: int) -> Iterator[None]:
+    """Within, `path` has `mode`, and not even root may ignore it."""
+    path.chmod(mode)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "opened"),
+    [
+        ("single", "", llama.load),
+        ("single", "config.json", llama.load),
+        ("single", "model.safetensors", llama.load),
+        ("bin", "pytorch_model.bin", llama.load),
+        ("meta", META, llama.load),
+        ("single", "", Tokenizer),
+        ("single", "tokenizer.model", Tokenizer),
+        ("single", "", check_free),
+    ],
+)
+def test_what_may_not_be_read_is_said_to_be_so(
+    layout: str, file: str, opened: Callable[[Path], Any], good: Path, public: Path
+) -> None:
+    """A directory that may not be searched (or not listed), or a file that may not be opened."""
+    shutil.copytree(good / layout, public / "model")
+    (public / "model" / "tokenizer.model").touch()
+    mode = 0 if file or opened is check_free else 0o644
+    with permissions(public / "model" / file, mode), pytest.raises(InputError) as error:
+        opened(public / "model")
+    assert "cannot be read: " in str(error.value)
+    assert "Permission denied" in str(error.value)
+    assert str(public / "model" / file) in str(error.value)
 
 
 class Touch:

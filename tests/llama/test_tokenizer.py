@@ -128,6 +128,27 @@ def test_an_id_outside_the_vocabulary_is_refused(wrong: int, tokenizer: Tokenize
         tokenizer.decode([5, wrong])
 
 
+def test_an_id_outside_the_vocabulary_can_be_shown(tokenizer: Tokenizer) -> None:
+    """A model with more rows than the tokenizer has pieces chooses such ids; whole texts show as they decode."""
+    more = tokenizer.vocab_size + 417
+    cat, dog = tokenizer.encode("a cat"), tokenizer.encode("dog")
+    assert tokenizer.show([1, *cat, more, *dog, -1, 2]) == f"a cat<{more}> dog<-1>"
+    assert tokenizer.show([]) == ""
+    for text in random_texts(30):
+        ids = tokenizer.encode(text, bos=True, eos=True)
+        assert tokenizer.show(ids) == tokenizer.decode(ids) == text
+    rng = random.Random(0)
+    ids = [rng.randrange(tokenizer.vocab_size) for _ in range(2000)]
+    assert tokenizer.show(ids) == tokenizer.decode(ids)
+    assert "".join(stream(tokenizer, [*cat, more, *dog], [tokenizer.bos_id])) == f"a cat<{more}> dog"
+
+
+def test_half_a_surrogate_pair_is_refused(trained: Tokenizer) -> None:
+    """What Python makes of invalid UTF-8 in an argument or a line, or reads from a JSON file's escapes."""
+    with pytest.raises(InputError, match=r"the text is not valid Unicode: '\\udcff' at character 2"):
+        trained.encode("ab\udcff")
+
+
 def test_a_tokenizer_without_bos_is_refused(tmp_path: Path) -> None:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -242,13 +263,13 @@ def test_a_long_stream_adds_up_too(tokenizer: Tokenizer) -> None:
 
 def test_a_long_stream_decodes_few_ids_at_a_time(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a stream's time is linear in its length."""
-    lengths, original = [], Tokenizer.decode
+    lengths, original = [], Tokenizer.show
 
-    def decode(self: Tokenizer, ids: list[int]) -> str:
+    def show(self: Tokenizer, ids: list[int]) -> str:
         lengths.append(len(ids))
         return original(self, ids)
 
-    monkeypatch.setattr(Tokenizer, "decode", decode)
+    monkeypatch.setattr(Tokenizer, "show", show)
     stream(trained, trained.encode("hello world " * 200), [])
     assert len(lengths) > 400
     assert max(lengths) <= 32

@@ -12,6 +12,7 @@ from llama import Llama
 from llama.errors import InputError
 from peft_impl import LoraConfig, add_adapter, load_adapter, remove_adapter, save_adapter, set_adapter
 from peft_impl.adapters import adapters_of
+from peft_impl.lora import LowRank
 from tests.peft_impl.common import CASES, IDS, adapted, assert_same, lora_config, perturb, snapshot, tiny
 
 RESIDENT: dict[str, dict[str, Any]] = {
@@ -150,6 +151,7 @@ def test_a_module_is_not_both_copied_and_updated(first: dict[str, Any], second: 
         LoraConfig(rank_pattern={"k_proj": 4}),
         LoraConfig(modules_to_save=("score",)),
         LoraConfig(modules_to_save=("mlp", "gate_proj")),
+        LoraConfig(r=65),
     ],
 )
 def test_a_refused_adapter_leaves_no_trace(config: LoraConfig, resident: bool) -> None:
@@ -203,3 +205,22 @@ def test_a_loaded_adapter_is_frozen_unless_it_is_to_train(tmp_path: Any) -> None
         n for n, _ in model.named_parameters() if ".on." in n
     }
     assert adapters_of(model).active == "on"
+
+
+def test_running_out_of_memory_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    before, logits, parts = snapshot(model), model(IDS), anatomy(model)
+    made = LowRank.__init__
+
+    def exhausted(self: LowRank, linear: nn.Module, *settings: Any) -> None:
+        if linear is model.model.layers[1].self_attn.v_proj:
+            raise RuntimeError("no memory")
+        made(self, linear, *settings)
+
+    monkeypatch.setattr(LowRank, "__init__", exhausted)
+    with pytest.raises(RuntimeError, match="no memory"):
+        add_adapter(model, LoraConfig())
+    assert_same(snapshot(model), before)
+    assert anatomy(model) == parts
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model(IDS), logits)

@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import llama
 import peft_impl.peft_files
 from llama.errors import InputError
-from peft_impl import LoraConfig, add_adapter, load_adapter, read_adapter, save_adapter
+from peft_impl import LlamaAdapterConfig, LoraConfig, add_adapter, load_adapter, read_adapter, save_adapter
 from peft_impl.adapters import adapters_of
 from tests.oracle import SHAPES
 from tests.peft_impl.common import (
@@ -189,7 +190,7 @@ def test_a_failing_write_leaves_the_disk_as_it_was(
         monkeypatch.setattr(peft_impl.peft_files, "write_json", full)
     else:
         monkeypatch.setattr(peft_impl.peft_files, "save_file", full if failure == "weights" else damaged)
-    with pytest.raises(OSError, match=r"no space left|adapter_model\.safetensors does not hold what was in memory"):
+    with pytest.raises(InputError, match=r"no space left|adapter_model\.safetensors does not hold what was in memory"):
         save_adapter(adapted(), tmp_path / "adapter", replace=replace)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == (["adapter"] if replace else [])
@@ -348,3 +349,28 @@ def test_a_taken_name_is_refused(written: Path) -> None:
     with pytest.raises(InputError, match="already has an adapter 'default'"):
         load_adapter(model, written)
     assert_same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("config", [LoraConfig(), LlamaAdapterConfig(4, 2)], ids=repr)
+def test_loading_an_adapter_without_effect_warns(config: Any, tmp_path: Path) -> None:
+    model = tiny()
+    add_adapter(model, config)
+    with pytest.warns(UserWarning, match="never trained"):
+        save_adapter(model, tmp_path / "adapter")
+    with pytest.warns(UserWarning, match=r"the adapter has no effect: every (lora_B|gate) is zero"):
+        load_adapter(tiny(), tmp_path / "adapter")
+
+
+def test_names_of_modules_trained_whole_are_no_mistake(tmp_path: Path) -> None:
+    """PEFT expands all-linear to the names of every projection, those inside modules_to_save included."""
+    theirs = peft_model_with_mlp(tmp_path)
+    model = tiny()
+    load_adapter(model, tmp_path / "adapter")
+    assert torch.equal(model(IDS), theirs(IDS).logits)
+
+
+def peft_model_with_mlp(tmp_path: Path) -> nn.Module:
+    llama.save(tiny(), tmp_path / "base")
+    theirs = peft_model(tmp_path / "base", target_modules="all-linear", modules_to_save=["mlp"])
+    theirs.save_pretrained(tmp_path / "adapter")
+    return theirs

@@ -84,7 +84,7 @@ REFUSED = [
     ({"modules_to_save": ("lmhead",)}, "modules_to_save: 'lmhead' matches no module - did you mean 'lm_head'?"),
     ({"modules_to_save": ("score",)}, "modules_to_save: 'score' matches no module"),
     ({"modules_to_save": ("mlp", "up_proj")}, "mlp.up_proj lies inside model.layers.0.mlp, which is named too"),
-    ({"modules_to_save": ("q_proj",)}, "'q_proj' matches no module outside modules_to_save"),
+    ({"modules_to_save": ("q_proj",), "target_modules": ("q_proj",)}, "nothing is left to adapt"),
     ({"modules_to_save": ("self_attn",), "target_modules": ".*_proj", "rank_pattern": {"q_proj": 1}}, "'q_proj' matches no"),
 ]
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -12,6 +15,7 @@ import transformers
 import llama
 from llama.weight_files import open_weights
 from peft_impl import LoraConfig, add_adapter, save_adapter
+from tests.llama.common import full_disk
 from tests.oracle import STORIES, hf_model, largest, needs_data
 from tools import convert, generate, merge_adapter
 
@@ -65,6 +69,126 @@ def test_chat_remembers_and_survives_a_bad_line(monkeypatch: pytest.MonkeyPatch,
     assert "reserved for the chat format" in capsys.readouterr().err
     assert len(seen) == 2
     assert seen[1] > seen[0] + 8  # the second turn saw the first one and its answer
+
+
+class Chat:
+    """A conversation with the stories model: lines to be typed (or an exception to be raised there) and answers to be given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, lines: list[Any], replies: list[list[Any]]) -> None:
+        self.lines, self.replies, self.prompts = iter(lines), iter(replies), []
+        monkeypatch.setattr("builtins.input", self.input)
+        monkeypatch.setattr(generate, "generate_steps", self.generate_steps)
+
+    def input(self, prompt: str) -> str:
+        line = next(self.lines)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    def generate_steps(self, model: llama.Llama, prompts: list[list[int]], new: int, *rest: Any) -> Iterator[list[int]]:
+        self.prompts.append(prompts[0])
+        for token in next(self.replies):
+            if isinstance(token, BaseException):
+                raise token
+            yield [token]
+
+
+@needs_data
+def test_a_chat_forgets_its_oldest_turns_when_the_context_is_full(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The system message and as many of the newest turns as leave room for an answer; a message too long alone is refused."""
+    tokenizer = llama.Tokenizer(STORIES)
+    long, answer = "Tell a story. " * 6, tokenizer.encode("Yes, I will. " * 6)
+    lines = [f"{i} {long}" for i in range(8)]
+    chat = Chat(monkeypatch, [*lines[:7], "too long " * 200, lines[7], ""], [answer] * 8)
+    generate.main(["--model", str(STORIES), "--chat", "--system", "Be brief.", "--max-new-tokens", "100"])
+    said = capsys.readouterr().err
+    assert "note: the context is full; the oldest" in said
+    assert said.count("error: ") == said.count("the context of 512 is full") == 1
+    assert len(chat.prompts) == 8
+    system, reply = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": tokenizer.decode(answer)}
+    for i, prompt in enumerate(chat.prompts):
+        turns = [message for line in lines[:i] for message in ({"role": "user", "content": line}, reply)]
+        turns.append({"role": "user", "content": lines[i]})
+        fitting = (llama.chat_prompt(tokenizer, [system, *turns[start:]]) for start in range(0, len(turns), 2))
+        assert prompt == next(ids for ids in fitting if len(ids) + 100 <= 512)
+
+
+@needs_data
+def test_a_tag_in_an_answer_is_not_remembered(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = llama.Tokenizer(STORIES)
+    reply = tokenizer.encode("Well[/IN[/INST]ST] <<SYS>>done")
+    chat = Chat(monkeypatch, ["Hello", "Again", ""], [reply, []])
+    generate.main(["--model", str(STORIES), "--chat"])
+    said = capsys.readouterr()
+    assert "Well[/IN[/INST]ST] <<SYS>>done" in said.out
+    assert "note: the answer contains [/INST]; it is remembered without" in said.err
+    wanted = [("user", "Hello"), ("assistant", "Well[/IN ST]  done"), ("user", "Again")]
+    assert chat.prompts[1] == llama.chat_prompt(tokenizer, [{"role": role, "content": text} for role, text in wanted])
+
+
+@needs_data
+def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = llama.Tokenizer(STORIES)
+    cut = tokenizer.encode("Once upon")
+    chat = Chat(monkeypatch, ["Hello", "Again", KeyboardInterrupt()], [[*cut, KeyboardInterrupt()], []])
+    generate.main(["--model", str(STORIES), "--chat"])
+    wanted = [("user", "Hello"), ("assistant", "Once upon"), ("user", "Again")]
+    assert chat.prompts[1] == llama.chat_prompt(tokenizer, [{"role": role, "content": text} for role, text in wanted])
+
+
+@needs_data
+def test_a_line_that_is_not_utf_8_is_refused_and_the_chat_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python raises for such a line, or hands over half a surrogate pair, depending on the locale."""
+    chat = Chat(monkeypatch, [UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "a\udcff", "Hello", ""], [[]])
+    generate.main(["--model", str(STORIES), "--chat"])
+    said = capsys.readouterr().err
+    assert "error: 'utf-8' codec can't decode byte 0xff" in said
+    assert "error: the text is not valid Unicode" in said
+    assert len(chat.prompts) == 1
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", "Once", "--seed", str(10**23), "--temperature", "1"], "seed 100000000000000000000000; expected"),
+        (["--prompt", "Once", "--temperature", "-1"], "temperature -1.0"),
+        (["--prompt", "a\udcff"], "the text is not valid Unicode: '\\udcff' at character 1"),
+        (["--prompt", "a " * 600], "the context of 512 is full"),
+        (["--chat", "--system", "<<SYS>>"], "the system message contains <<SYS>>"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_before_anything_is_printed(
+    flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr("builtins.input")
+    with pytest.raises(SystemExit):
+        generate.main(["--model", str(STORIES), *flags])
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert message in said.err
+
+
+@needs_data
+@pytest.mark.parametrize("prompts", [["Once"], ["Once", "One day"]])
+def test_ids_that_the_tokenizer_lacks_are_shown(prompts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model whose vocabulary was enlarged, as for a multiple of 64, can choose them."""
+    state = {name: tensor.clone() for name, tensor in llama.load(STORIES).state_dict().items()}
+    state["model.embed_tokens.weight"] = torch.cat((state["model.embed_tokens.weight"], torch.zeros(64, 64)))
+    model = llama.Llama(dataclasses.replace(llama.load(STORIES).config, vocab_size=576, tie_word_embeddings=False))
+    state["lm_head.weight"] = torch.zeros(576, 64)
+    state["lm_head.weight"][575] = 1.0
+    model.load_state_dict(state)
+    llama.save(model, tmp_path / "model", tokenizer_from=STORIES)
+    flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
+    generate.main(["--model", str(tmp_path / "model"), "--max-new-tokens", "3", *flags])
+    assert "Once<" in (shown := capsys.readouterr().out)
+    assert "<575>" in shown
 
 
 @pytest.mark.parametrize(
@@ -141,3 +265,63 @@ def test_convert_there_and_back(tmp_path: Path) -> None:
         assert torch.equal(tensor, back.state_dict()[name])
     assert open_weights(tmp_path / "hf").read("model.norm.weight").dtype == torch.bfloat16
     assert (tmp_path / "hf" / "tokenizer.model").is_file()
+
+
+@pytest.mark.parametrize("shards", ["1", "4"])
+def test_shards_of_a_hugging_face_directory_are_refused(shards: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        convert.main(["--model", "nowhere", "--to", "hf", "--shards", shards, "--output", "new"])
+    assert "--shards goes with --to meta" in capsys.readouterr().err
+
+
+@needs_data
+@pytest.mark.parametrize("shards", ["0", "-1"])
+def test_impossible_shards_are_refused(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        convert.main(["--model", str(STORIES), "--to", "meta", "--shards", shards, "--output", str(tmp_path / "meta")])
+    assert capsys.readouterr().err == f"error: shards is {shards}; expected a positive integer\n"
+
+
+@needs_data
+@pytest.mark.parametrize("to", ["hf", "meta"])
+def test_convert_takes_a_tokenizer_from_elsewhere_or_says_that_there_is_none(
+    to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in Meta's downloads, where the models share the one beside their directories."""
+    llama.save_meta(llama.load(STORIES), tmp_path / "meta")
+    common = ["--model", str(tmp_path / "meta"), "--to", to, "--output"]
+    convert.main([*common, str(tmp_path / "without")])
+    assert f"note: there is no tokenizer.model in {tmp_path / 'meta'}; --tokenizer PATH" in capsys.readouterr().err
+    assert not (tmp_path / "without" / "tokenizer.model").exists()
+    for path in (STORIES, STORIES / "tokenizer.model"):
+        convert.main([*common, str(tmp_path / path.name), "--tokenizer", str(path)])
+        assert capsys.readouterr().err == ""
+        copied = (tmp_path / path.name / "tokenizer.model").read_bytes()
+        assert copied == (STORIES / "tokenizer.model").read_bytes()
+    (tmp_path / "other.model").write_bytes(copied)
+    for path, message in (
+        (tmp_path / "nothing", "does not exist"),
+        (tmp_path / "other.model", "expected a file called tokenizer.model"),
+    ):
+        with pytest.raises(SystemExit):
+            convert.main([*common, str(tmp_path / "refused"), "--tokenizer", str(path)])
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+
+
+@needs_data
+def test_a_full_disk_is_one_line(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "new"
+    common = ["--model", str(STORIES), "--output", str(output)]
+    for main, flags in (
+        (convert.main, ["--to", "hf"]),
+        (convert.main, ["--to", "meta"]),
+        (merge_adapter.main, ["--adapter", str(adapter)]),
+    ):
+        with full_disk(), pytest.raises(SystemExit):
+            main([*common, *flags])
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {output} cannot be written: ")
+        assert "File too large" in said
+        assert said.count("\n") == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
