@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from fsdp_train.checkpoint import data_fingerprint, drop_later, find_checkpoint,
 from fsdp_train.config import DEMO, RunConfig
 from fsdp_train.data import Dataset, Plan, load_dataset
 from fsdp_train.log import Metrics, peak_memory, say, write_whole
+from fsdp_train.output import output_directory
 from fsdp_train.parallel import World, compute_dtype, frozen_checksum, full_trainable_state
 from fsdp_train.samples import answerable, answers, exact_match, reference
 from fsdp_train.settings import values_of, write_toml
@@ -56,7 +56,7 @@ class Run:
         with self.world.together():
             if self.world.rank == 0:
                 try:
-                    output = str(_output_directory(self.config))
+                    output = str(output_directory(self.config))
                 except OSError as error:
                     raise InputError(f"--train.output_dir {self.config.train.output_dir}: {error.strerror}") from None
                 find_checkpoint(self.config.checkpoint.resume, Path(output) / "checkpoints")
@@ -107,7 +107,8 @@ class Run:
         )  # fmt: skip
         self.total_steps = train.max_steps or (train.epochs or 1) * self.plan.steps_per_epoch
         if config.optim.warmup_steps >= self.total_steps:
-            raise InputError(f"--optim.warmup_steps {config.optim.warmup_steps}: the run has {self.total_steps:,} steps")
+            steps = config.optim.warmup_steps
+            self.tell(f"note: --optim.warmup_steps {steps}: the run ends after {self.total_steps:,} steps, still warming up")
         self.tell(self._first_sample())
         self.model = build_model(config.model, config.finetune, config.train.seed, self.dtype)
 
@@ -291,31 +292,3 @@ class Run:
             given = f" --input {shlex.quote(example['input'])}" if example.get("input") else ""
             return f"--template alpaca --prompt {shlex.quote(example['instruction'])}{given}"
         return f"--prompt {shlex.quote(str(example.get('prompt', 'Once upon a time')))}"
-
-
-def _output_directory(config: RunConfig) -> Path:
-    """The directory of this run, which can be created and written. Without a name a new one below runs/.
-
-    Raises:
-        InputError: it cannot be written, or holds a finished run that nobody said to replace.
-    """
-    if config.train.output_dir:
-        path = Path(config.train.output_dir)
-    else:
-        parent = Path("runs")
-        taken = [int(p.name.rpartition("-")[2]) for p in parent.glob("*-[0-9]*") if p.name.rpartition("-")[2].isdigit()]
-        path = parent / f"{config.finetune.method}-{max(taken, default=0) + 1:03d}"
-    own, other = ("adapter", "model") if config.finetune.method in ADAPTER_METHODS else ("model", "adapter")
-    if (path / other).exists():
-        raise InputError(f"{path} holds the result of another method ({path / other}); choose another --train.output_dir")
-    if (path / own).exists() and config.checkpoint.resume == "auto":
-        raise InputError(
-            f"{path} holds a finished run ({path / own}); choose another --train.output_dir,"
-            " or replace it with --checkpoint.resume none"
-        )
-    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not existing.is_dir():
-        raise InputError(f"--train.output_dir {path}: {existing} is not a directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--train.output_dir {path}: {existing} cannot be written")
-    return path

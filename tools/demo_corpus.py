@@ -93,19 +93,18 @@ def texts(seed: int, count: int) -> Iterator[str]:
 
 
 def questions(held_out: bool, task: str = "facts", seed: int = 0) -> list[dict[str, str]]:
-    """Alpaca records about the people asked about, in random order: one for each fact ("facts"), or a request for the two
-    facts that follow each other ("pairs")."""
+    """Alpaca records, one for each fact of the people asked about, in random order. The answer is the bare fact ("facts"),
+    or the question asks for a sentence and gets one ("sentences")."""
     known = people()
     rng = random.Random(seed)
     shuffled = rng.sample(NAMES, len(NAMES))
     names = shuffled[:HELD_OUT] if held_out else shuffled[HELD_OUT:]
-    kinds = list(FACTS)
     records = []
     for name in names:
-        for kind, following in zip(kinds, kinds[1:] + kinds[:1], strict=True):
+        for kind in FACTS:
             instruction, output = ASKED[kind].format(name=name), known[name][kind]
-            if task == "pairs":
-                instruction, output = f"Tell me about {name}: {kind} and {following}.", f"{output}, {known[name][following]}"
+            if task == "sentences":
+                instruction, output = f"Say in a sentence: {instruction}", TOLD[kind][1].format(name=name, value=output)
             records.append({"instruction": instruction, "input": "", "output": output})
     rng.shuffle(records)
     return records

@@ -246,7 +246,6 @@ FLAGS: list[tuple[list[str], str]] = [
     (["--data.eval_fraction=0.1", "--data.eval_path=x"], "--data.eval_fraction and --data.eval_path are given both"),
     (["--finetune.from_adapter=x", "--finetune.method=full"], "from_adapter goes with --finetune.method lora or llama_adapter"),
     (["--train.eval_every=5"], "--train.eval_every needs held-out data: --data.eval_path or --data.eval_fraction"),
-    (["--optim.warmup_steps=5", "--train.max_steps=5"], "--optim.warmup_steps 5: the run has 5 steps"),
     (
         ["--finetune.method=full", "--finetune.lora.r=4"],
         "--finetune.lora is set, but --finetune.method is full, which does not use it",

@@ -212,13 +212,14 @@ def test_ids_that_the_tokenizer_lacks_are_shown(
     main(
         [
             *("--model.preset", "demo", "--model.tokenizer", str(tokenizer_dir), "--finetune.method", "full"),
-            *("--data.path", str(text), "--data.max_length", "32", "--train.max_steps", "1"),
+            *("--data.path", str(text), "--data.max_length", "32", "--train.max_steps", "1", "--optim.warmup_steps", "1"),
             *("--train.output_dir", str(tmp_path / "out")),
         ]
     )  # fmt: skip
     said = capsys.readouterr().out
     assert re.search(r"before training.*\n  answer: .*<\d+>", said)
     assert "story.txt[token 0]" in said
+    assert "--optim.warmup_steps 1: the run ends after 1 steps, still warming up" in said
 
 
 def test_what_was_trained_is_kept_whatever_comes_after(

@@ -322,6 +322,8 @@ def test_without_model_and_data_it_is_the_demo() -> None:
     assert Path(config.model.path) == DEMO / "base"
     assert Path(config.data.path).parent == DEMO
     assert config.train.max_steps == 3
+    for method in ("lora", "llama_adapter", "prefix", "full"):
+        assert parse_config(["--finetune.method", method]).finetune.method == method
     with pytest.raises(InputError, match=r"no data: give --data\.path"):
         parse_config(["--model.path", "m"])
     with pytest.raises(InputError, match=r"no model: give --model\.path"):

@@ -15,7 +15,7 @@ from tools import compare_methods
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[compare_methods.Row]:
     """One task, three steps of each method."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(compare_methods, "TASKS", ("pairs",))
+    patch.setattr(compare_methods, "TASKS", ("sentences",))
     output = tmp_path_factory.mktemp("compared") / "out"
     made: list[compare_methods.Row] = []
     compare = compare_methods.compare

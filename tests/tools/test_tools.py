@@ -13,11 +13,12 @@ import torch
 import transformers
 
 import llama
+from fsdp_train.config import DEMO
 from llama.weight_files import open_weights
-from peft_impl import LoraConfig, add_adapter, save_adapter
+from peft_impl import LlamaAdapterConfig, LoraConfig, PrefixTuningConfig, add_adapter, load_adapter, save_adapter
 from tests.llama.common import full_disk
 from tests.oracle import STORIES, hf_model, largest, needs_data
-from tools import convert, generate, merge_adapter
+from tools import convert, convert_adapter, generate, merge_adapter
 
 MERGED = 5e-5  # fp32, merged against unmerged: one product instead of three, logits up to 20 in size
 
@@ -325,3 +326,64 @@ def test_a_full_disk_is_one_line(adapter: Path, tmp_path: Path, capsys: pytest.C
         assert "File too large" in said
         assert said.count("\n") == 1
         assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_generate_through_several_adapters_in_one_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each prompt is answered as with its adapter alone; a prompt without a name goes to the base."""
+    kinds = {
+        "low": LoraConfig(target_modules="all-linear"),
+        "prompts": LlamaAdapterConfig(4, 3),
+        "prefix": PrefixTuningConfig(5),
+    }
+    common = ["--model", str(DEMO / "base"), "--max-new-tokens", "8"]
+    adapters, prompts, alone = [], [], []
+    for name, config in kinds.items():
+        model = llama.load(DEMO / "base")
+        add_adapter(model, config)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+        save_adapter(model, tmp_path / name)
+        adapters += ["--adapter", f"{name}={tmp_path / name}"]
+        prompts += ["--prompt", f"{name}:Where Barel lives"]
+        generate.main([*common, "--adapter", str(tmp_path / name), "--prompt", "Where Barel lives"])
+        alone.append(f"--- {name}: {capsys.readouterr().out}")
+    generate.main([*common, "--prompt", "Note: Barel"])
+    alone.append(f"--- {capsys.readouterr().out}")
+    generate.main([*common, *adapters, *prompts, "--prompt", "Note: Barel"])
+    assert capsys.readouterr().out == "".join(alone)
+    assert len(set(alone)) == 4
+    for wrong, message in (
+        ([*adapters, "--prompt", "prefx:Barel"], "no adapter 'prefx' - did you mean 'prefix'?"),
+        ([*adapters, "--adapter", str(tmp_path / "low"), "--prompt", "x"], "several adapters need names, NAME=DIR"),
+        ([*adapters, "--chat"], "a conversation with one adapter, not with low, prompts, prefix"),
+    ):
+        with pytest.raises(SystemExit):
+            generate.main([*common, *wrong])
+        assert message in capsys.readouterr().err
+
+
+def test_convert_adapter_reads_the_official_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = llama.PRESETS["demo"]
+    gate = torch.tensor([0.3, 0.3, 0.3, 0.3]).view(1, 4, 1, 1)
+    tensors = {f"layers.{i}.attention.gate": gate.clone() for i in range(config.num_hidden_layers)}
+    torch.save({"model": {"adapter_query.weight": torch.randn(20, config.hidden_size), **tensors}}, tmp_path / "adapter.pth")
+    flags = ["--model", str(DEMO / "base"), "--official", str(tmp_path / "adapter.pth"), "--gate-activation", "tanh"]
+    convert_adapter.main([*flags, "--output", str(tmp_path / "ours")])
+    convert_adapter.main([*flags, "--output", str(tmp_path / "peft"), "--peft"])
+    assert "wrote" in capsys.readouterr().out
+    ids = torch.arange(1, 9)[None]
+    logits = []
+    for name in ("ours", "peft"):
+        model = llama.load(DEMO / "base")
+        load_adapter(model, tmp_path / name)
+        logits.append(model(ids))
+    theirs = peft.PeftModel.from_pretrained(hf_model(DEMO / "base"), tmp_path / "peft").eval()
+    assert largest(logits[0], logits[1]) <= 1e-5 * logits[0].abs().max()
+    assert largest(theirs(ids).logits, logits[1]) <= 1e-5 * logits[0].abs().max()
+    tensors["layers.3.attention.gate"] = gate * torch.arange(4).view(1, 4, 1, 1)
+    torch.save({"adapter_query.weight": torch.randn(20, config.hidden_size), **tensors}, tmp_path / "adapter.pth")
+    with pytest.raises(SystemExit):
+        convert_adapter.main([*flags, "--output", str(tmp_path / "no"), "--peft"])
+    assert "layer 3: gates of its heads run from 0 to 0.7163" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
