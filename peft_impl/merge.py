@@ -105,6 +105,8 @@ def merge_and_unload(model: Llama, name: str = "default") -> MergeReport:
     state.check_name(name)
     if others := [other for other in state.configs if other != name]:
         raise InputError(f"the model also has {others}; remove them first: they belong to the base without {name!r}")
+    if state.merged == name:
+        unmerge(model)
     report = merge(model, name)
     state.merged, state.kept = None, []
     remove_adapter(model, name)

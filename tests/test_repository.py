@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "fsdp_train": {"llama", "peft_impl", "fsdp_train"},
     "tools": set(PACKAGES),
 }
-OPTIONAL = {"fsdp_train/log.py": {"tqdm"}}  # behind a try, with a plain form when missing
+# Behind a try, with a plain form when missing.
+OPTIONAL = {"fsdp_train/log.py": {"tqdm"}, "tools/compare_methods.py": {"matplotlib"}}
 
 
 def modules(package: str) -> list[Path]:

@@ -271,6 +271,10 @@ def test_a_model_with_an_adapter_is_not_saved_as_a_plain_one(tmp_path: Path, set
     model = adapted(**settings)
     if merged:
         merge(model)
-    with pytest.raises(InputError, match=r"not a plain Llama: .*; merge or remove adapters before saving the model"):
+    with pytest.raises(InputError, match=r"not a plain Llama: .*merge_and_unload"):
         llama.save(model, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+    expected = model(IDS)
+    merge_and_unload(model)  # what the message says to do, whether it was merged already or not
+    llama.save(model, tmp_path / "model")
+    assert largest(llama.load(tmp_path / "model")(IDS), expected) <= MERGED
