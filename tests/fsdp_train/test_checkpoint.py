@@ -22,14 +22,25 @@ class Interrupted(Exception):
     """Stands for a killed process."""
 
 
+EXTRA: dict[str, tuple[object, ...]] = {
+    "lora": ("--finetune.lora.lora_dropout", 0.1),
+    "full": ("--finetune.method", "full"),
+    "llama_adapter": ("--finetune.method", "llama_adapter", "--finetune.llama_adapter.adapter_layers", 2, "--optim.lr", 1e-2),
+    "projected": (  # the MLP is in the checkpoint, though not in the file at the end
+        *("--finetune.method", "prefix", "--finetune.prefix.num_virtual_tokens", 4, "--optim.lr", 1e-2),
+        *("--finetune.prefix.prefix_projection", "true", "--finetune.prefix.encoder_hidden_size", 16),
+    ),
+}
+
+
 def flags(model_dir: Path, data: Path, out: Path, *more: object) -> list[str]:
     chosen = [
         *("--model.path", model_dir, "--data.path", data, "--train.output_dir", out, "--train.max_steps", 12),
         *("--train.batch_size", 4, "--parallel.precision", "fp32", "--checkpoint.every", 5, "--log.every", 1),
         *("--train.samples", 0, *more),
     ]
-    if "full" not in more:
-        chosen += ["--finetune.lora.lora_dropout", 0.1]
+    if "--finetune.method" not in more:
+        chosen += EXTRA["lora"]
     return list(map(str, chosen))
 
 
@@ -51,12 +62,12 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "save_checkpoint", save_and_die)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", EXTRA)
 def test_resumed_equals_uninterrupted(
     method: str, model_dir: Path, alpaca_file: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """12 steps over ~5 steps per epoch, dropout on; killed after step 5 of 12, mid-run and mid-epoch."""
-    extra = ("--finetune.method", method)
+    extra = () if method == "lora" else EXTRA[method]  # LoRA's are there already
     main(flags(model_dir, alpaca_file, tmp_path / "whole", *extra))
     request.getfixturevalue("interrupt")
     with pytest.raises(Interrupted):
@@ -65,7 +76,7 @@ def test_resumed_equals_uninterrupted(
     assert [p.name for p in checkpoints(tmp_path / "cut" / "checkpoints")] == ["step_00000005"]
     main(flags(model_dir, alpaca_file, tmp_path / "cut", *extra))
 
-    artefact = {"lora": "adapter/adapter_model.safetensors", "full": "model/model.safetensors"}[method]
+    artefact = "model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors"
     whole, cut = (load_file(tmp_path / name / artefact) for name in ("whole", "cut"))
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[key], cut[key]) for key in whole)

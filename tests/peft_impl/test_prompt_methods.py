@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama
-from llama import Llama, LlamaConfig, generate
+from llama import InputError, Llama, LlamaConfig, generate
 from peft_impl import (
     LlamaAdapterConfig,
     PrefixTuningConfig,
@@ -384,3 +385,100 @@ def test_parameter_counts_of_the_real_models(preset: str, config: Any, expected:
 def on_meta(config: LlamaConfig) -> Llama:
     with torch.device("meta"):
         return Llama(config)
+
+
+# --- files that are wrong -----------------------------------------------------------------------------------------------
+
+FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+GATE = "base_model.model.model.layers.2.self_attn.adaption_gate"
+PROMPT = "base_model.model.model.layers.1.self_attn.adaption_prompt"
+
+
+def tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        held = load_file(path / FILE)
+        change(held)
+        save_file(held, path / FILE, metadata={"format": "pt"})
+
+    return edit
+
+
+def settings(**changes: Any) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        (path / CONFIG).write_text(json.dumps({**json.loads((path / CONFIG).read_text()), **changes}))
+
+    return edit
+
+
+def cut(path: Path) -> None:
+    (path / FILE).write_bytes((path / FILE).read_bytes()[:-8])
+
+
+WRONG: list[tuple[str, Callable[[Path], None], str]] = [
+    ("adapter", tensors(lambda t: t.pop(GATE)), f"1 of 4 tensors are missing: {GATE}"),
+    ("adapter", tensors(lambda t: t.update({f"{GATE}s": t.pop(GATE)})), f"1 of 4 tensors are missing: {GATE}"),
+    ("adapter", tensors(lambda t: t.update({GATE: torch.ones(4)})), rf"{GATE} has shape \(4,\); this model needs \(1,\)"),
+    ("adapter", tensors(lambda t: t[PROMPT].view(-1).__setitem__(3, torch.nan)), f"{PROMPT} holds NaN or infinity"),
+    ("adapter", settings(adapter_layers=1), f"2 tensors have no place in this model under {CONFIG}: .*layers.1"),
+    ("adapter", settings(adapter_layers=9), "adapter_layers = 9; the model has 3 layers"),
+    ("adapter", settings(adapter_len=None), "no adapter_len"),
+    ("adapter", settings(target_modules="mlp"), "target_modules = 'mlp' is not supported; expected 'self_attn'"),
+    ("adapter", settings(gate="head"), "gate = 'head' is not supported here"),
+    ("adapter", cut, "is damaged or not a safetensors file"),
+    ("prefix", tensors(lambda t: t.update({"prompt_embedding": t.pop("prompt_embeddings")})), "missing: prompt_embeddings"),
+    ("prefix", tensors(lambda t: t.update(more=torch.ones(1))), "1 tensors have no place in this model .*: more"),
+    ("prefix", tensors(lambda t: t.update(prompt_embeddings=torch.ones(5, 96))), r"\(5, 96\); this model needs \(5, 192\)"),
+    ("prefix", tensors(lambda t: t["prompt_embeddings"].fill_(torch.inf)), "prompt_embeddings holds NaN or infinity"),
+    ("prefix", settings(num_virtual_tokens=4), r"\(5, 192\); this model needs \(4, 192\)"),
+    ("prefix", settings(num_layers=6), "num_layers = 6, but this base has 3: the prefix belongs to another one"),
+    ("prefix", settings(num_attention_heads=4), "num_attention_heads = 4, but this base has 2"),
+    ("prefix", settings(token_dim=64), "token_dim = 64, but this base has 32"),
+    ("prefix", settings(num_transformer_submodules=2), "num_transformer_submodules = 2; expected 1"),
+    ("prefix", settings(prompt_tuning_init="TEXT"), "prompt_tuning_init = 'TEXT' is not supported here"),
+    ("prefix", cut, "is damaged or not a safetensors file"),
+]
+
+
+@pytest.mark.parametrize(("method", "edit", "message"), WRONG)
+def test_a_wrong_adapter_is_refused_and_leaves_no_trace(
+    method: str, edit: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    save_adapter(ours("gqa", method), tmp_path / "adapter")
+    load_adapter(tiny(), tmp_path / "adapter")
+    edit(tmp_path / "adapter")
+    model = tiny()
+    before, logits = snapshot(model), model(IDS)
+    with pytest.raises(InputError, match=message):
+        load_adapter(model, tmp_path / "adapter")
+    assert_same(snapshot(model), before)
+    assert not hasattr(model, "adapters")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model(IDS), logits)
+
+
+@pytest.mark.parametrize(("method", "message"), [("prefix", "num_attention_heads = 2, but this base has 4"), ("adapter", "")])
+def test_an_adapter_of_another_base(method: str, message: str, tmp_path: Path) -> None:
+    """A prompt in hidden space fits any base of its width and depth; there, only the width can tell."""
+    save_adapter(ours("gqa", method), tmp_path / "adapter")
+    if method == "prefix":
+        with pytest.raises(InputError, match=message):
+            load_adapter(tiny("mha"), tmp_path / "adapter")
+    else:
+        with pytest.raises(InputError, match=r"adaption_prompt has shape \(1, 4, 64\); this model needs \(1, 4, 32\)"):
+            load_adapter(tiny("gqa", hidden_size=32), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(("shape", "method"), EVERY)
+def test_peft_reads_our_files_to_the_last_digit(bases: dict[str, Path], tmp_path: Path, shape: str, method: str) -> None:
+    """In float64, on both sides; the parameters are rounded to float32 first, which is what PEFT loads them into."""
+    model = ours(shape, method, torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.float())
+    save_adapter(model, tmp_path / "adapter")
+    file = tmp_path / "adapter" / FILE
+    save_file({key: tensor.float() for key, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    load_adapter(model, tmp_path / "adapter", "read")
+    theirs = peft.PeftModel.from_pretrained(hf_model(bases[shape]), tmp_path / "adapter").double().eval()
+    with float64_oracle():
+        assert largest(theirs(IDS).logits, model(IDS)) <= FLOAT64
