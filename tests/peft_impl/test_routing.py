@@ -202,3 +202,13 @@ def test_wrong_choices_are_refused() -> None:
         set_adapter(model, ["short", None])
     with pytest.raises(InputError, match="is no LoRA"):
         merge(with_all(), "short")
+
+
+def test_a_new_choice_replaces_the_old_one() -> None:
+    model = with_all()
+    set_adapter(model, ROWS)
+    model(IDS)
+    set_adapter(model, ROWS[::-1])
+    again, fresh = model(IDS), with_all()
+    set_adapter(fresh, ROWS[::-1])
+    assert torch.equal(again, fresh(IDS))
