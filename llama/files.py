@@ -1,4 +1,4 @@
-"""Directories that appear complete or not at all, what of a model goes there, and readers whose errors name the place."""
+"""Directories that appear complete or not at all, and readers whose errors name the place."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
-from llama.errors import InputError, listing
-from llama.model import Llama, LlamaConfig
+from llama.errors import InputError
 
 
 @contextmanager
@@ -79,31 +76,6 @@ def check_free(path: str | os.PathLike[str], replace: bool = False) -> None:
         raise InputError(f"{path} exists and is not a directory")
     if path.exists() and any(path.iterdir()) and not replace:
         raise InputError(f"{path} exists and is not empty; choose another path or remove it")
-
-
-def plain_tensors(config: LlamaConfig, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The tensors of `state` that belong into a model's files, in the order of its parameters; a tied head is left out.
-
-    Args:
-        dtype: in which they will be written; None means their own. They are returned uncast.
-
-    Raises:
-        InputError: `state` is not a plain Llama's (an adapter is attached), or a tensor is not finite in `dtype`.
-    """
-    with torch.device("meta"):
-        expected = [name for name, _ in Llama(config).named_parameters()]
-    found = set(state) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    if strange := sorted(found ^ set(expected)):
-        raise InputError(
-            f"this model is not a plain Llama: {listing(strange)};"
-            " call peft_impl.merge_and_unload (instead of merge) or remove_adapter before saving the model"
-        )
-    for name in expected:
-        written = state[name].to(dtype or state[name].dtype)
-        if not torch.isfinite(written).all():
-            kind = str(written.dtype).removeprefix("torch.")
-            raise InputError(f"{name} holds NaN or infinity in {kind}; a model with such weights is not saved")
-    return {name: state[name] for name in expected}
 
 
 def _umask() -> int:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from llama.config_files import config_to_hf
 from llama.errors import InputError, listing, nearest
-from llama.files import new_directory, plain_tensors, write_json
+from llama.export import plain_tensors
+from llama.files import new_directory, write_json
 from llama.model import Llama
 from llama.weight_files import Weights, open_weights
 

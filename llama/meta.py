@@ -16,7 +16,8 @@ from torch import Tensor
 
 from llama.config_files import config_to_meta
 from llama.errors import InputError
-from llama.files import new_directory, plain_tensors, write_json
+from llama.export import plain_tensors
+from llama.files import new_directory, write_json
 from llama.model import Llama
 
 # HF's name (within a layer, or whole) -> Meta's

@@ -159,7 +159,7 @@ def together(output: Path) -> str:
             load_adapter(model, output / task / method / "adapter", f"{task}-{method}")
             asked[f"{task}-{method}"] = data.samples[:8]
     longest = max(len(s.ids) - s.prompt for samples in asked.values() for s in samples)
-    apart, correct = [], 0
+    apart: list[str] = []
     for name, samples in asked.items():
         set_adapter(model, name)
         apart += answers(model, tokenizer, samples, longest, fixed_steps=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from llama import Llama, generate
+from llama import KVCache, Llama, generate
 from llama.errors import InputError
 from llama.model import DecoderLayer
 from peft_impl import LlamaAdapterConfig, LoraConfig, PrefixTuningConfig, add_adapter, merge, remove_adapter, set_adapter
@@ -91,8 +91,6 @@ def test_generation_of_a_mixed_batch(order: list[str | None]) -> None:
 
 
 def test_cached_logits_of_a_mixed_batch() -> None:
-    from llama import KVCache
-
     model = with_all()
     set_adapter(model, ROWS)
     whole = model(IDS)
