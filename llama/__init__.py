@@ -1,11 +1,13 @@
 """Llama 2 in plain PyTorch: model, files, tokenizer, generation. Knows nothing of adapters or parallelism."""
 
 from llama.cache import KVCache
+from llama.config import PRESETS, LlamaConfig
 from llama.errors import InputError
 from llama.generate import generate, generate_steps
+from llama.heads import replace_head
 from llama.io import load, save
 from llama.meta import save_meta
-from llama.model import PRESETS, Llama, LlamaConfig
+from llama.model import Llama
 from llama.tokenizer import StreamDecoder, Tokenizer, chat_prompt
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "generate",
     "generate_steps",
     "load",
+    "replace_head",
     "save",
     "save_meta",
 ]

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from llama.config import LlamaConfig
 from llama.errors import InputError, listing
-from llama.model import LlamaConfig
 
 # HF's names that are ours too, with the value HF assumes when config.json leaves them out. The eps is never assumed: HF's
 # default is not Llama 2's, and a wrong one only makes the model a little worse.
@@ -50,6 +50,8 @@ _HF_IGNORED = {
     *("output_attentions", "output_hidden_states", "return_dict", "torchscript", "use_return_dict", "task_specific_params"),
     *("problem_type", "chunk_size_feed_forward", "max_sequence_length", "unsloth_version", "unsloth_fixed", "name_or_path"),
 }
+_CLASSIFIER = "LlamaForSequenceClassification"
+_HIDDEN = "head_hidden"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -69,13 +71,14 @@ def config_from_hf(found: dict[str, Any], where: str | Path) -> LlamaConfig:
     dtype = found.get("dtype") or found.get("torch_dtype")
     if dtype is not None and str(dtype).removeprefix("torch.") not in _DTYPES:
         raise InputError(f"{where}: dtype = {dtype!r} is unknown; expected one of {', '.join(_DTYPES)}")
-    unused = [key for key in found if key not in {*_HF_DEFAULTS, *_HF_FIXED, *_HF_IGNORED} and found[key]]
+    unused = [key for key in found if key not in {*_HF_DEFAULTS, *_HF_FIXED, *_HF_IGNORED, _HIDDEN} and found[key]]
     if unused:
         warnings.warn(f"{where}: settings not used here: {listing(unused, 10)}", stacklevel=2)
 
     values = {key: found.get(key, default) for key, default in _HF_DEFAULTS.items()}
     values["num_key_value_heads"] = values["num_key_value_heads"] or 0
     values["rope_theta"] = _rope_theta(found, where)
+    values |= _head(found, where)
     if isinstance(values["eos_token_id"], list):
         values["eos_token_id"] = tuple(values["eos_token_id"])
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -92,6 +95,20 @@ def config_from_hf(found: dict[str, Any], where: str | Path) -> LlamaConfig:
             f" expected hidden_size / num_attention_heads = {config.head_dim}"
         )
     return config
+
+
+def _head(found: dict[str, Any], where: str | Path) -> dict[str, Any]:
+    """What the file says of a classifier's head, and of extra layers (ours alone)."""
+    hidden = found.get(_HIDDEN, [])
+    if not isinstance(hidden, list):
+        raise InputError(f"{where}: {_HIDDEN} = {hidden!r}; expected a list of widths")
+    if found.get("architectures") != [_CLASSIFIER] and not (hidden and found.get("problem_type")):
+        return {"head_hidden": tuple(hidden)}
+    named = found.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})  # HF leaves its default out
+    if not isinstance(named, dict) or set(named) != {str(i) for i in range(len(named))} or not named:
+        raise InputError(f"{where}: id2label = {named!r}; expected a name for each of the ids 0, 1, ...")
+    labels = tuple(named[str(i)] for i in range(len(named)))
+    return {"head_hidden": tuple(hidden), "id2label": labels, "problem_type": found.get("problem_type")}
 
 
 def _rope_theta(found: dict[str, Any], where: str | Path) -> float:
@@ -112,8 +129,15 @@ def config_to_hf(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The contents of a `config.json` that old and new `transformers` read alike (both spellings of dtype and rope)."""
     dtype_name = str(dtype).removeprefix("torch.")
     eos = config.eos_token_id
+    architecture = "LlamaModel" if config.head_hidden else _CLASSIFIER if config.id2label else "LlamaForCausalLM"
+    head: dict[str, Any] = {_HIDDEN: list(config.head_hidden)} if config.head_hidden else {}
+    if config.id2label:
+        names = dict(enumerate(config.id2label))
+        head |= {"id2label": {str(i): name for i, name in names.items()}, "problem_type": config.problem_type}
+        head |= {"label2id": {name: i for i, name in names.items()}}
     return {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [architecture],
+        **head,
         "model_type": "llama",
         "hidden_act": "silu",
         "attention_bias": False,

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from llama.config import LlamaConfig
 from llama.errors import InputError, listing
-from llama.model import Llama, LlamaConfig
+from llama.model import Llama
 
 
-def plain_tensors(config: LlamaConfig, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The tensors of `state` that belong into a model's files, in the order of its parameters; a tied head is left out.
-
-    Args:
-        dtype: in which they will be written; None means their own. They are returned uncast.
-
-    Raises:
-        InputError: `state` is not a plain Llama's (an adapter is attached), or a tensor is not finite in `dtype`.
-    """
+def check_plain(config: LlamaConfig, names: Iterable[str]) -> None:
+    """Raise InputError unless `names` are exactly the parameters of a Llama of this configuration, without adapters."""
     with torch.device("meta"):
-        expected = [name for name, _ in Llama(config).named_parameters()]
-    found = set(state) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    if strange := sorted(found ^ set(expected)):
+        expected = {name for name, _ in Llama(config).named_parameters()}
+    if strange := sorted(set(names) ^ expected):
         raise InputError(
             f"this model is not a plain Llama: {listing(strange)};"
             " call peft_impl.merge_and_unload (instead of merge) or remove_adapter before saving the model"
         )
-    for name in expected:
-        written = state[name].to(dtype or state[name].dtype)
-        if not torch.isfinite(written).all():
-            kind = str(written.dtype).removeprefix("torch.")
-            raise InputError(f"{name} holds NaN or infinity in {kind}; a model with such weights is not saved")
-    return {name: state[name] for name in expected}
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise InputError for a tensor that is not finite in the dtype in which it is about to be written."""
+    if not torch.isfinite(tensor).all():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise InputError(f"{name} holds NaN or infinity in {kind}; a model with such weights is not saved")

@@ -69,8 +69,8 @@ def generate_steps(
             the same number of calls.
 
     Raises:
-        InputError: an empty prompt, ids outside the vocabulary, a length beyond the model's context, a sampling setting
-            outside its range, or logits that are not finite.
+        InputError: a classifier, an empty prompt, ids outside the vocabulary, a length beyond the model's context, a sampling
+            setting outside its range, or logits that are not finite.
     """
     _check(model, prompts, max_new_tokens, temperature, top_p, seed)
     stop = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
@@ -110,6 +110,8 @@ def generate_steps(
 def _check(
     model: Llama, prompts: Sequence[Sequence[int]], new: int, temperature: float, top_p: float, seed: int | None
 ) -> None:
+    if model.config.id2label:
+        raise InputError("this model is a classifier; it has no language model's head to generate with")
     if not prompts or not all(prompts):
         raise InputError("every prompt needs at least one token; give BOS to start from nothing")
     if new < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:

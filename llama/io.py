@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llama.config_files import config_to_hf
 from llama.errors import InputError, listing, nearest
-from llama.export import plain_tensors
+from llama.export import check_plain
 from llama.files import new_directory, write_json
 from llama.model import Llama
-from llama.weight_files import Weights, open_weights
+from llama.weight_files import HEAD_FILE, Weights, open_weights
+from llama.weight_writer import shards_of, total_bytes, write_safetensors
 
 MAX_SHARD_BYTES = 5_000_000_000  # of one safetensors file, HF's customary size
 TOKENIZER_FILES = (
@@ -30,10 +29,17 @@ TOKENIZER_FILES = (
 )
 
 
-def load(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Llama:
+def load(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | Callable[[str], torch.dtype] = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Llama:
     """A model from a HF or Meta directory (detected), in `dtype` on `device`.
 
     Each tensor is read, cast and put in place before the next, so memory peaks at the model plus one tensor.
+
+    Args:
+        dtype: of all parameters, or a function from a parameter's name to its dtype.
 
     Raises:
         InputError: anything missing, unknown, wrongly shaped, damaged or unsupported, with file and key.
@@ -43,7 +49,8 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, devic
         model = Llama(weights.config)
     check_names(weights, model, path)
     for name, parameter in list(model.named_parameters()):
-        tensor = _floating(weights.read(name), name, path).to(device=device, dtype=dtype, copy=True)
+        wanted = dtype if isinstance(dtype, torch.dtype) else dtype(name)
+        tensor = _floating(weights.read(name), name, path).to(device=device, dtype=wanted, copy=True)
         owner = model.get_submodule(name.rpartition(".")[0])
         setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=parameter.requires_grad))
     model.tie_weights()
@@ -83,18 +90,21 @@ def save(
     path: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     *,
-    state: Mapping[str, Tensor] | None = None,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
     tokenizer_from: str | os.PathLike[str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     replace: bool = False,
 ) -> None:
     """Write a HF directory that `transformers` opens with no missing and no unexpected keys.
 
-    The files are written under a temporary name, read back and compared, and only then given the name `path`.
+    The files are written under a temporary name, tensor by tensor, read back and compared, and only then given the name
+    `path`. A head with extra layers, which `transformers` does not have, goes into `head.safetensors`; `transformers` opens
+    the rest as a `LlamaModel`.
 
     Args:
-        dtype: of the file; default that of each tensor.
-        state: full tensors by name, where the model's own are sharded over processes.
+        dtype: of the file; default that of each of the model's parameters.
+        tensors: (name, full tensor) in any order, where the model's own parameters are sharded over processes, or on the
+            meta device; the model then only says which there are. One at a time is held.
         tokenizer_from: a directory whose tokenizer files are copied along.
         replace: overwrite an existing directory.
 
@@ -102,46 +112,22 @@ def save(
         InputError: `path` exists or cannot be written, or the model holds tensors that are not a Llama's (an adapter that is
             not merged) or not finite.
     """
-    config = model.config
-    tensors = plain_tensors(config, state if state is not None else model.state_dict(), dtype)
-
-    def cast(name: str) -> Tensor:
-        return tensors[name].detach().to(dtype=dtype or tensors[name].dtype, device="cpu").contiguous()
-
-    shards = list(
-        _shards({name: tensors[name].numel() * (dtype or tensors[name].dtype).itemsize for name in tensors}, max_shard_bytes)
-    )
+    config, parameters = model.config, dict(model.named_parameters())
+    check_plain(config, parameters)
+    expected = {name: (tuple(p.shape), dtype or p.dtype) for name, p in parameters.items()}
+    of_head = [name for name in expected if config.head_hidden and not name.startswith("model.")]
+    body = {name: shape for name, shape in expected.items() if name not in of_head}
+    files = shards_of(body, max_shard_bytes)
     with new_directory(path, replace) as temporary:
-        weight_map = {}
-        for index, names in enumerate(shards):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-            save_file({name: cast(name) for name in names}, temporary / file, metadata={"format": "pt"})
-            with safe_open(temporary / file, framework="pt") as written:
-                for name in names:
-                    if not torch.equal(written.get_tensor(name), cast(name)):
-                        raise OSError(f"{file}: {name} was not written as it is in memory")
-            weight_map.update(dict.fromkeys(names, file))
-        if len(shards) > 1:
-            total = sum(tensors[name].numel() * (dtype or tensors[name].dtype).itemsize for name in tensors)
-            write_json(
-                temporary / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-            )
-        write_json(temporary / "config.json", config_to_hf(config, dtype or next(iter(tensors.values())).dtype))
+        head = {HEAD_FILE: of_head} if of_head else {}
+        write_safetensors(temporary, files | head, expected, parameters.items() if tensors is None else tensors)
+        if len(files) > 1:
+            weight_map = {name: file for file, names in files.items() for name in names}
+            index = {"metadata": {"total_size": total_bytes(body)}, "weight_map": weight_map}
+            write_json(temporary / "model.safetensors.index.json", index)
+        write_json(temporary / "config.json", config_to_hf(config, next(iter(expected.values()))[1]))
         if tokenizer_from is not None:
             copy_tokenizer(tokenizer_from, temporary)
-
-
-def _shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
-    """Names in order, in groups of at most `limit` bytes (a larger single tensor gets its own group)."""
-    group: list[str] = []
-    filled = 0
-    for name, size in sizes.items():
-        if group and filled + size > limit:
-            yield group
-            group, filled = [], 0
-        group.append(name)
-        filled += size
-    yield group
 
 
 def copy_tokenizer(source: str | os.PathLike[str], target: Path) -> None:

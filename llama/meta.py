@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llama.config_files import config_to_meta
 from llama.errors import InputError
-from llama.export import plain_tensors
+from llama.export import check_finite, check_plain
 from llama.files import new_directory, write_json
 from llama.model import Llama
 
@@ -81,9 +81,13 @@ def save_meta(
     if config.num_key_value_heads % shards:
         raise InputError(f"{config.num_key_value_heads} key/value heads cannot be cut into {shards} shards")
     parts: list[dict[str, Tensor]] = [{} for _ in range(shards)]
-    tensors = plain_tensors(config, model.state_dict(), dtype)
+    if config.id2label or config.head_hidden:
+        raise InputError("Meta's format has no place for this head; save the model in Hugging Face's")
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    check_plain(config, tensors)
     tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     for name, tensor in tensors.items():
+        check_finite(name, tensor.to(dtype or tensor.dtype))
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             tensor = to_meta_rows(tensor, config.head_dim)
         meta = meta_name(name)

@@ -17,8 +17,6 @@ C hidden width, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 from functools import lru_cache
 from typing import cast
 
@@ -27,81 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.cache import KVCache, LayerCache
-from llama.errors import InputError
-from llama.loss import IGNORE, linear_cross_entropy
-
-INIT_STD = 0.02  # of projections and embeddings, as in HF
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """The architecture, with Hugging Face's field names.
-
-    Raises:
-        InputError: a value that no Llama can have, naming the field.
-    """
-
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 0  # 0: as many as query heads
-    max_position_embeddings: int = 4096
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    tie_word_embeddings: bool = False
-    bos_token_id: int | None = 1
-    eos_token_id: int | tuple[int, ...] | None = 2
-    pad_token_id: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_key_value_heads == 0:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (type(value) is not int or value < 1):
-                raise InputError(f"{field.name} is {value!r}; expected a positive integer")
-            if field.type == "float" and not (isinstance(value, float | int) and 0 < value <= sys.float_info.max):
-                raise InputError(f"{field.name} is {value!r}; expected a positive finite number")
-            if field.type == "bool" and type(value) is not bool:
-                raise InputError(f"{field.name} is {value!r}; expected true or false")
-        if self.hidden_size % self.num_attention_heads:
-            raise InputError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of"
-                f" num_key_value_heads {self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise InputError(
-                f"head size hidden_size / num_attention_heads = {self.head_dim} is odd; rotary positions need pairs"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-
-PRESETS = {
-    "llama2-7b": LlamaConfig(),
-    "llama2-13b": LlamaConfig(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
-    "llama2-70b": LlamaConfig(
-        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
-    ),
-    "demo": LlamaConfig(
-        vocab_size=1536,
-        hidden_size=128,
-        intermediate_size=344,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-    ),
-}
+from llama.config import LlamaConfig
+from llama.heads import ClassificationHead, LanguageModelHead
+from llama.linear import INIT_STD, Linear
 
 
 class RMSNorm(nn.Module):
@@ -116,19 +42,6 @@ class RMSNorm(nn.Module):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight.to(x.dtype) * normed.to(x.dtype)
-
-
-class Linear(nn.Linear):
-    """A projection without bias that computes in the dtype of its input."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=INIT_STD)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
 
 
 @lru_cache(maxsize=16)
@@ -260,31 +173,26 @@ class LlamaModel(nn.Module):
         return cast(Tensor, self.norm(x))
 
 
-class LanguageModelHead(Linear):
-    """Hidden states to logits; with labels, to the summed cross-entropy of the next token (logits never stored)."""
-
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """hidden (B, T, C) -> logits (B, T, V); with labels (B, T), -> the loss of `Llama.forward`."""
-        if labels is None:
-            return super().forward(hidden)
-        targets = labels[:, 1:]  # position t predicts the label of t + 1
-        chosen = targets != IGNORE
-        return linear_cross_entropy(hidden[:, :-1][chosen], self.weight, targets[chosen])
-
-
 class Llama(nn.Module):
-    """Llama 2 with a head: `lm_head` by default, replaceable by any module called as `head(hidden, labels)`."""
+    """Llama 2 with a head, called as `head(hidden, labels)`: `lm_head`, or a classifier's `score` (llama/heads.py)."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.model = LlamaModel(config)
-        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size)
+        if config.id2label:
+            self.score = ClassificationHead(config)
+        else:
+            self.lm_head = LanguageModelHead(config)
         self.tie_weights()
 
+    @property
+    def head(self) -> LanguageModelHead | ClassificationHead:
+        return self.score if self.config.id2label else self.lm_head
+
     def tie_weights(self) -> None:
-        """Let the head share the embedding's weight, if the configuration says so."""
-        if self.config.tie_word_embeddings:
+        """Let the language model's head share the embedding's weight, if the configuration says so."""
+        if self.config.tie_word_embeddings and not self.config.id2label:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
@@ -301,16 +209,19 @@ class Llama(nn.Module):
 
         Args:
             input_ids: (B, T). Right padding with any valid id needs no mask: no earlier token sees it.
-            labels: (B, T), aligned with `input_ids` (the shift happens inside); -100 where there is no target.
+            labels: (B, T), aligned with `input_ids` (the shift happens inside); -100 where there is no target. A
+                classifier's: see `classification_loss`.
             positions: (T,) or (B, T); default 0..T-1, after what the cache holds.
             mask: bool, broadcastable to (B, H, T, S), True where a query may look; default causal.
             cache: filled and read by this call.
-            last: (B,) index of the one token per row whose logits are wanted.
+            last: (B,) index of the one token per row whose logits are wanted. A classifier looks at it, or at the last
+                column without it.
 
         Returns:
-            Logits (B, T, V), or (B, 1, V) with `last`; with labels, the *sum* of cross-entropies over targets, in fp32.
+            Logits (B, T, V), or (B, 1, V) with `last`, or a classifier's (B, K); with labels, the *sum* of the losses over
+            targets, in fp32.
         """
         hidden = self.model(input_ids, positions, mask, cache)
         if last is not None:
             hidden = hidden[torch.arange(len(last), device=last.device), last][:, None]
-        return cast(Tensor, self.lm_head(hidden, labels))
+        return cast(Tensor, self.head(hidden, labels))

@@ -17,16 +17,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llama.config import LlamaConfig
 from llama.config_files import config_from_hf, config_from_meta
 from llama.errors import InputError, listing
 from llama.files import read_json, reading
 from llama.meta import NAMES, meta_name, shard_dim, to_hf_rows
-from llama.model import LlamaConfig
 
 # Rotary tables that old checkpoints carry; they follow from the configuration.
 _DERIVED = re.compile(
     r"rope\.freqs|layers\.\d+\.attention\.inner_attention\.rope\.freqs|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 )
+HEAD_FILE = "head.safetensors"  # of a head with extra layers, beside the weights that transformers reads
 
 
 class Weights(ABC):
@@ -123,7 +124,8 @@ class SafetensorsWeights(Weights):
     def __init__(self, path: Path) -> None:
         self.config = config_from_hf(read_json(path / "config.json"), path / "config.json")
         self.shapes, self._file_of = {}, {}
-        for file, promised in _indexed_files(path, "model.safetensors").items():
+        files = _indexed_files(path, "model.safetensors")
+        for file, promised in (files | ({HEAD_FILE: []} if self.config.head_hidden else {})).items():
             (path / file).open("rb").close()  # safe_open would say of a file without read permission that it does not exist
             try:
                 handle = safe_open(path / file, framework="pt")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from llama import Llama
 from llama.errors import InputError, listing
-from llama.model import Linear
+from llama.linear import Linear
 from peft_impl.adapters import METHODS, AdapterLeaf, Adapters, Method, adapters_of, option, renamed, select
 from peft_impl.modules_to_save import Replaceable, attach_copies, detach_copies
 from peft_impl.targets import check_pattern, linear_targets, pattern_value, saved_targets

@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from llama.errors import InputError, nearest
-from llama.model import LanguageModelHead, Linear
+from llama.linear import Linear
 
 Value = TypeVar("Value")
 
@@ -32,7 +32,7 @@ def linear_targets(
     modules = _base_modules(model)
     paths = [p for p in modules if not any(p == e or p.startswith(e + ".") for e in excluded)]
     if targets == "all-linear":
-        chosen = [p for p in paths if isinstance(modules[p], Linear) and not isinstance(modules[p], LanguageModelHead)]
+        chosen = [p for p in paths if _adaptable(p, modules[p])]
     elif isinstance(targets, str):
         try:
             chosen = [p for p in paths if re.fullmatch(targets, p)]
@@ -48,7 +48,7 @@ def linear_targets(
         chosen = [p for p in paths if any(_ends_with(p, name) for name in targets)]
     for path in chosen:
         module = modules[path]
-        if not isinstance(module, Linear) or isinstance(module, LanguageModelHead):
+        if not _adaptable(path, module):
             raise InputError(
                 f"target_modules: {path} is a {type(module).__name__}; low-rank updates apply to the decoder layers'"
                 " projections (train heads and embeddings through modules_to_save)"
@@ -106,6 +106,10 @@ def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
     brought = tuple(path for path, module in modules.items() if isinstance(module, nn.ModuleDict))
     return {p: m for p, m in modules.items() if p not in brought and not p.startswith(tuple(b + "." for b in brought))}
+
+
+def _adaptable(path: str, module: nn.Module) -> bool:
+    return isinstance(module, Linear) and path.startswith("model.layers.")
 
 
 def _ends_with(path: str, name: str) -> bool:

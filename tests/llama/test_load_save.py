@@ -6,7 +6,9 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+import sys
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama
-import llama.io
-from llama import InputError
+import llama.weight_writer
+from llama import InputError, Llama
 from llama.weight_files import load_pickled, open_weights
 from tests.llama.common import differing, files_below, full_disk, tiny, tiny_hf, token_ids
 from tests.oracle import SHAPES, STORIES, hf_model, needs_data
@@ -224,12 +226,48 @@ def test_a_dtype_can_be_chosen(tmp_path: Path) -> None:
     assert differing(parameters(llama.load(tmp_path / "saved", torch.bfloat16)), parameters(model.bfloat16())) == []
 
 
-def test_a_state_can_be_given_by_name(tmp_path: Path) -> None:
-    """Full tensors from elsewhere (gathered shards) are written instead of the model's own."""
-    state = tiny("tied", seed=5).state_dict()
-    llama.save(tiny("tied"), tmp_path / "saved", state=state)
-    del state["lm_head.weight"]
-    assert differing(parameters(llama.load(tmp_path / "saved")), state) == []
+def test_tensors_from_elsewhere_are_written_one_at_a_time_in_any_order(tmp_path: Path) -> None:
+    """Gathered shards, say; the model, on the meta device, only says which there are. None is held when the next comes."""
+    wanted = parameters(tiny("tied", seed=5))
+    held: list[weakref.ref[Tensor]] = []
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for name in reversed(wanted):
+            assert all(reference() is None for reference in held), name
+            tensor = wanted[name].clone()
+            held.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+
+    with torch.device("meta"):
+        skeleton = Llama(SHAPES["tied"])
+    llama.save(skeleton, tmp_path / "saved", tensors=stream(), max_shard_bytes=SMALL)
+    assert len(held) == len(wanted)
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
+    assert differing(parameters(llama.load(tmp_path / "saved")), wanted) == []
+    assert differing(parameters(hf_model(tmp_path / "saved")), wanted) == []
+
+
+def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    model = tiny("gqa")
+    own = list(parameters(model).items())
+    for wrong, message in (
+        (own[1:], "1 tensors to be saved are missing: model.embed_tokens.weight"),
+        ([*own, own[0]], "model.embed_tokens.weight comes twice"),
+        ([*own, ("model.head", own[0][1])], "model.head is no tensor of this model"),
+        ([(own[0][0], own[0][1][1:]), *own[1:]], r"model.embed_tokens.weight has shape \(96, 64\); the model says \(97, 64\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            llama.save(model, tmp_path / "saved", tensors=wrong)
+        assert files_below(tmp_path) == []
+
+
+def test_mixed_dtypes_keep_each_its_own(tmp_path: Path) -> None:
+    model = tiny("gqa")
+    model.model.norm.to(torch.float64)
+    model.model.layers[0].to(torch.bfloat16)
+    llama.save(model, tmp_path / "saved")
+    assert differing(load_file(tmp_path / "saved" / "model.safetensors"), parameters(model)) == []
 
 
 @needs_data
@@ -251,22 +289,23 @@ class Interrupted(BaseException):
 
 
 @pytest.mark.parametrize("replace", [False, True])
-@pytest.mark.parametrize("culprit", ["save_file", "write_json"])
+@pytest.mark.parametrize("culprit", ["weight_writer._digest", "io.write_json"])
 def test_an_interrupted_save_leaves_everything_as_it_was(
     culprit: str, replace: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if replace:
         llama.save(tiny("gqa", seed=1), tmp_path / "saved")
     before = {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path) if (tmp_path / name).is_file()}
-    original, calls = getattr(llama.io, culprit), []
+    module, name = sys.modules["llama." + culprit.partition(".")[0]], culprit.partition(".")[2]
+    original, calls = getattr(module, name), []
 
-    def second_fails(*args: Any, **kwargs: Any) -> None:
+    def second_fails(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
         if len(calls) == 2:
             raise Interrupted
-        original(*args, **kwargs)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(llama.io, culprit, second_fails)
+    monkeypatch.setattr(module, name, second_fails)
     with pytest.raises(Interrupted):
         llama.save(tiny("gqa"), tmp_path / "saved", max_shard_bytes=SMALL, replace=replace)
     after = {name: (tmp_path / name).read_bytes() for name in files_below(tmp_path) if (tmp_path / name).is_file()}
@@ -302,15 +341,13 @@ def test_a_full_disk_is_said_and_leaves_nothing(save: Callable[..., None], tmp_p
 
 
 def test_damage_on_the_way_to_the_disk_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = llama.io.save_file
-
-    def flips_a_bit(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        original(tensors, path, metadata)
+    def flips_a_bit(path: Path, framework: str) -> Any:
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
+        return safe_open(path, framework)
 
-    monkeypatch.setattr(llama.io, "save_file", flips_a_bit)
+    monkeypatch.setattr(llama.weight_writer, "safe_open", flips_a_bit)
     with pytest.raises(
         InputError, match=r"saved cannot be written: model\.safetensors: \S+ was not written as it is in memory"
     ):

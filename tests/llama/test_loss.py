@@ -220,7 +220,7 @@ def test_a_position_without_a_label_costs_no_logits(monkeypatch: pytest.MonkeyPa
         rows.append(hidden.shape[0])
         return original(hidden, weight, targets)
 
-    monkeypatch.setattr("llama.model.linear_cross_entropy", spy)
+    monkeypatch.setattr("llama.heads.linear_cross_entropy", spy)
     ids, labels, count = sample()
     tiny("gqa")(ids, labels)
     assert rows == [count]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import llama
-from llama.model import Linear
+from llama.linear import Linear
 from peft_impl import load_adapter, save_adapter
 from peft_impl.lora import DoraLowRank
 from tests.oracle import STORIES, float64_oracle, hf_model, largest, needs_data
