@@ -6,20 +6,33 @@ it would hold parameters that nothing updates.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 import llama
+from fsdp_train.heads import HeadConfig, new_parameters
 from fsdp_train.optim import OptimConfig, build_optimizer
 from fsdp_train.parallel import ParallelConfig, World, checkpoint_activations, chosen_strategy, compute_dtype, shard
+from fsdp_train.partial import PartialConfig
 from fsdp_train.settings import option
-from llama import PRESETS, Llama, Tokenizer
+from llama import PRESETS, Llama, LlamaConfig, Tokenizer, replace_head
 from llama.errors import InputError, nearest
-from peft_impl import LlamaAdapterConfig, LoraConfig, PrefixTuningConfig, add_adapter, load_adapter
+from peft_impl import (
+    LlamaAdapterConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    add_adapter,
+    load_adapter,
+    select_parameters,
+    train_only,
+)
+from peft_impl.freeze import layer_of
 
 ADAPTER_METHODS = ("lora", "llama_adapter", "prefix")
 
@@ -44,20 +57,23 @@ class ModelConfig:
 class FinetuneConfig:
     """What trains."""
 
-    method: Literal["lora", "llama_adapter", "prefix", "full"] = option(
-        "lora", "an adapter on the frozen base: lora, llama_adapter or prefix; or all weights: full"
+    method: Literal["lora", "llama_adapter", "prefix", "full", "partial", "head"] = option(
+        "lora", "an adapter on the frozen base (lora, llama_adapter, prefix), all weights (full), some (partial), or the head"
     )
     from_adapter: str = option("", "continue from this PEFT adapter directory, with its own settings", "DIR")
     lora: LoraConfig = field(default_factory=LoraConfig)
     llama_adapter: LlamaAdapterConfig = field(default_factory=LlamaAdapterConfig)
     prefix: PrefixTuningConfig = field(default_factory=PrefixTuningConfig)
+    partial: PartialConfig = field(default_factory=PartialConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
 
     def __post_init__(self) -> None:
-        if self.from_adapter and self.method not in ADAPTER_METHODS:
+        adapter = self.method in ADAPTER_METHODS
+        if self.from_adapter and not adapter:
             raise InputError(
                 f"--finetune.from_adapter goes with --finetune.method {' or '.join(ADAPTER_METHODS)}, not {self.method}"
             )
-        for section in ADAPTER_METHODS:
+        for section in (*ADAPTER_METHODS, "partial"):
             settings = getattr(self, section)
             if settings == type(settings)():
                 continue
@@ -65,6 +81,24 @@ class FinetuneConfig:
                 raise InputError(f"--finetune.{section} is set, but --finetune.method is {self.method}, which does not use it")
             if self.from_adapter:
                 raise InputError(f"--finetune.{section} is set, but --finetune.from_adapter brings its own settings")
+        if self.method == "partial" and not (self.partial.train or self.partial.select):
+            raise InputError(
+                "--finetune.method partial: say what trains, --finetune.partial.train last:2 (or norms, layers.*.q_proj, ...)"
+                " or --finetune.partial.select gradient_norm:2"
+            )
+        if self.head.hidden and adapter:
+            raise InputError(f"--finetune.head.hidden: a PEFT adapter ({self.method}) has no place for extra layers")
+        if self.head.kind == "classification" and self.method in ("llama_adapter", "prefix"):
+            raise InputError(
+                f"--finetune.head.kind classification goes with lora, full, partial and head, not with {self.method}"
+            )
+        if self.head.feature_cache != "auto" and not self.caches_features:
+            raise InputError("--finetune.head.feature_cache goes with --finetune.method head and a classification head")
+
+    @property
+    def caches_features(self) -> bool:
+        """Whether the backbone is frozen and seen through one vector per text, which is then computed once."""
+        return self.method == "head" and self.head.kind == "classification"
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer | None:
@@ -94,45 +128,108 @@ def check_tokenizer(tokenizer: Tokenizer | None, vocab_size: int) -> str:
     return f"note: the tokenizer has {tokenizer.vocab_size} pieces, the model {vocab_size}; the rest is never used"
 
 
-def build_model(model_config: ModelConfig, finetune: FinetuneConfig, seed: int, dtype: torch.dtype) -> Llama:
-    """The base with its adapter, unsharded, on the CPU; what trains is in fp32, what is frozen in `model.dtype`.
+def trained_names(finetune: FinetuneConfig, base: LlamaConfig, target: LlamaConfig, layers: Collection[int] = ()) -> list[str]:
+    """The base's own parameters that train, in the model's order; none for an adapter, which brings its own.
 
     Args:
+        base, target: the model on disk, and with the head that is wanted.
+        layers: decoder layers that `--finetune.partial.select` has chosen.
+
+    Raises:
+        InputError: as `select_parameters`.
+    """
+    with torch.device("meta"):
+        model = Llama(target)
+    names = [name for name, _ in model.named_parameters()]
+    if finetune.method in ADAPTER_METHODS:
+        return []
+    if finetune.method == "full":
+        return names
+    if finetune.method == "head":
+        return [name for name in names if not name.startswith("model.")]
+    patterns = finetune.partial.train
+    try:
+        chosen = set(select_parameters(model, patterns)) if patterns else set()
+    except InputError as error:
+        raise InputError(f"--finetune.partial.train {','.join(patterns)}: {error}") from None
+    chosen |= {name for name in names if layer_of(name) in layers} | set(new_parameters(base, target))
+    return [name for name in names if name in chosen]
+
+
+def build_model(
+    model_config: ModelConfig,
+    finetune: FinetuneConfig,
+    target: LlamaConfig,
+    trained: Collection[str],
+    seed: int,
+    dtype: torch.dtype,
+    masters: torch.dtype = torch.float32,
+) -> Llama:
+    """The base with its head and its adapter, unsharded, on the CPU.
+
+    Args:
+        target: the base's configuration with the head that is wanted.
+        trained: names of the base's own parameters that train, kept in `masters`; what is frozen is in `model.dtype`.
         dtype: of the computation.
 
     Raises:
         InputError: anything wrong with the files or the adapter's settings.
     """
-    full = finetune.method == "full"
-    frozen = {"auto": dtype, "bf16": torch.bfloat16, "fp32": torch.float32}[model_config.dtype]
-    weights = torch.float32 if full else frozen
+    frozen = frozen_dtype(model_config, dtype)
+    embedding = "model.embed_tokens.weight"
+
+    def stored(name: str) -> torch.dtype:
+        return masters if name in trained or (name == embedding and "lm_head.weight" in trained) else frozen
+
     if model_config.preset:
         torch.manual_seed(seed)  # the same weights on every process
-        model = Llama(PRESETS[model_config.preset]).to(weights)
+        model = Llama(PRESETS[model_config.preset])
     else:
-        model = llama.load(model_config.path, dtype=weights)
+        model = llama.load(model_config.path, stored)
+    if model.config != target:
+        replace_head(model, target.id2label, target.problem_type, target.head_hidden, seed)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(masters if name in trained else frozen)
+    train_only(model, trained)
     model.model.compute_dtype = dtype
     if finetune.from_adapter:
         load_adapter(model, finetune.from_adapter, trainable=True)
-    elif not full:
-        add_adapter(model, getattr(finetune, finetune.method), seed=seed)
+    elif finetune.method in ADAPTER_METHODS:
+        add_adapter(model, adapter_config(finetune), seed=seed)
     return model
 
 
-def wrap_model(
-    model: Llama, parallel: ParallelConfig, optim: OptimConfig, world: World
-) -> tuple[nn.Module, torch.optim.AdamW, str]:
-    """Sharded (or not), checkpointed (or not), on the device, with its optimizer; and the strategy that "auto" became.
+def frozen_dtype(config: ModelConfig, dtype: torch.dtype) -> torch.dtype:
+    """Of weights that do not train, where the computation is in `dtype`."""
+    return {"auto": dtype, "bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
+
+
+def adapter_config(finetune: FinetuneConfig) -> Any:
+    """The method's settings; a classification head trains beside the adapter, as in PEFT."""
+    config = getattr(finetune, finetune.method)
+    if finetune.head.kind == "classification":
+        config = dataclasses.replace(config, modules_to_save=(*config.modules_to_save, "score"))
+    return config
+
+
+def place_model(model: nn.Module, parallel: ParallelConfig, world: World) -> nn.Module:
+    """Sharded (or not), checkpointed (or not), on the device.
 
     Raises:
         InputError: a unit would mix trainable and frozen parameters.
     """
-    strategy = chosen_strategy(parallel, world)
-    wrapped: nn.Module = model
-    if strategy == "fsdp":
-        wrapped = shard(model, world, compute_dtype(parallel, world.device))
+    if chosen_strategy(parallel, world) == "fsdp":
+        model = shard(model, world, compute_dtype(parallel, world.device))
     else:
-        wrapped = model.to(world.device)
+        model = model.to(world.device)
     if parallel.activation_checkpointing == "full":
-        checkpoint_activations(wrapped)
-    return wrapped, build_optimizer(wrapped, optim), strategy
+        checkpoint_activations(model)
+    return model
+
+
+def wrap_model(
+    model: nn.Module, parallel: ParallelConfig, optim: OptimConfig, world: World
+) -> tuple[nn.Module, torch.optim.AdamW]:
+    """`place_model`, and then its optimizer."""
+    placed = place_model(model, parallel, world)
+    return placed, build_optimizer(placed, optim)

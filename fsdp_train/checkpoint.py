@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fsdp_train.data import Dataset
 from fsdp_train.parallel import World
 from fsdp_train.settings import option
-from llama.errors import InputError
+from llama.errors import InputError, listing
 from llama.files import read_json, write_json
 
 STATE_FILE = "state.json"
@@ -57,12 +57,17 @@ def data_fingerprint(data: Dataset) -> str:
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """This process's shard of each trained parameter and of its optimizer state, by name."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield f"parameter/{name}", parameter.detach()
-            for key, value in optimizer.state[parameter].items():
-                yield f"{key}/{name}", value
+    """This process's shard of each trained parameter and of its optimizer state, by name. There is no state yet for what
+    gradual unfreezing has not reached."""
+    for name, parameter in _optimised(model, optimizer):
+        yield f"parameter/{name}", parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            yield f"{key}/{name}", value
+
+
+def _optimised(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+    known = {p for group in optimizer.param_groups for p in group["params"]}
+    return [(name, p) for name, p in model.named_parameters() if p in known]
 
 
 def save_checkpoint(
@@ -109,6 +114,12 @@ def _written(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise InputError(f"the checkpoint {path} could not be written: {error}; those before it are whole") from error
+
+
+def room_for(config: CheckpointConfig, directory: Path, trained: int, total_steps: int) -> int:
+    """Bytes that the checkpoints still to come take at once: for each trained number itself and two moments, in fp32."""
+    due = 0 if not config.every else (total_steps - 1) // config.every
+    return 12 * trained * max(0, min(due, config.keep + 1) - len(checkpoints(directory)))
 
 
 def drop_later(directory: Path, step: int) -> list[Path]:
@@ -162,19 +173,23 @@ def load_checkpoint(
         tensors = load_file(path / _file(world.rank))
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path / _file(world.rank)} is missing or damaged: {error}") from None
-    for parameter in (p for p in model.parameters() if p.requires_grad):
-        parameter.grad = torch.zeros_like(parameter)
     with torch.no_grad():
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        optimizer.step()  # a step of length zero creates the state that is filled below
-        optimizer.zero_grad()
-        expected = dict(_tensors(model, optimizer))
-        if {n: t.shape for n, t in expected.items()} != {n: t.shape for n, t in tensors.items()}:
-            raise InputError(f"{path / _file(world.rank)} does not fit this model: names or shapes differ")
-        for name, tensor in expected.items():
-            tensor.copy_(tensors[name])
+        for name, parameter in _optimised(model, optimizer):
+            shapes = {"parameter": parameter.shape, **_state_shapes(parameter)}
+            own = {key: tensors.pop(f"{key}/{name}") for key in shapes if f"{key}/{name}" in tensors}
+            if {key: tensor.shape for key, tensor in own.items()} not in (shapes, {"parameter": parameter.shape}):
+                raise InputError(f"{path / _file(world.rank)} does not fit this model: {name} or its optimizer state differs")
+            parameter.copy_(own.pop("parameter"))
+            if own:
+                optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in own.items()}
+    if tensors:
+        raise InputError(f"{path / _file(world.rank)} does not fit this model: {listing(tensors)} have no place in it")
     return int(state["step"])
+
+
+def _state_shapes(parameter: Tensor) -> dict[str, torch.Size]:
+    """Of AdamW's state for a parameter."""
+    return {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
 
 
 def _file(rank: int) -> str:

@@ -37,6 +37,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.model.preset and self.finetune.method != "full":
             raise InputError("--model.preset starts from random weights, which only --finetune.method full can train")
+        if self.finetune.head.kind == "classification":
+            if self.train.exact_match:
+                raise InputError("--train.exact_match counts generated answers, which a classifier does not give")
+            if self.data.format not in ("auto", "classification"):
+                raise InputError(f"--data.format {self.data.format} has no labels, which a classification head learns")
         for name in ("exact_match", "eval_every"):
             if getattr(self.train, name) and not (self.data.eval_path or self.data.eval_fraction):
                 raise InputError(f"--train.{name} needs held-out data: --data.eval_path or --data.eval_fraction")

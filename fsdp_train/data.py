@@ -29,7 +29,7 @@ class DataConfig:
     """What to train on."""
 
     path: str = option("", "training data: .json, .jsonl or text", "FILE")
-    format: Literal["auto", "alpaca", "completion", "text", "tokens"] = option(
+    format: Literal["auto", "alpaca", "completion", "text", "tokens", "classification"] = option(
         "auto", "how to read it; auto says what it chose"
     )
     eval_path: str = option("", "held-out data, same format", "FILE")
@@ -48,7 +48,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids (T,) and labels (T,), int32; the first `prompt` ids are what generation would be given."""
+    """Token ids (T,) and labels (T,), int32; the first `prompt` ids are what generation would be given.
+
+    A classifier's labels are of another shape: see `LabelSpace.encode`.
+    """
 
     where: str
     ids: np.ndarray
@@ -70,7 +73,7 @@ class Dataset:
     def report(self) -> str:
         """Counts and lengths, for people."""
         lengths = np.array([len(s.ids) for s in self.samples])
-        targets = sum(int((s.labels[1:] != IGNORE).sum()) for s in self.samples)
+        targets = sum(map(self._targets, self.samples))
         low, middle, high = np.percentile(lengths, (5, 50, 95)).astype(int)
         lines = [
             f"{self.path}: format {self.format}, {len(self.samples):,} samples,"
@@ -82,6 +85,13 @@ class Dataset:
         if self.dropped:
             lines.append(f"  {len(self.dropped):,} samples left out, nothing to learn in them: {self._places(self.dropped)}")
         return "\n".join(lines)
+
+    def _targets(self, sample: Sample) -> int:
+        return int((sample.labels[1:] != IGNORE).sum())
+
+    def batch(self, indices: Sequence[int], device: torch.device) -> Batch:
+        """The samples of these indices as one batch."""
+        return collate([self.samples[i] for i in indices], device)
 
     def _places(self, where: list[str]) -> str:
         return listing((place.removeprefix(str(self.path)) for place in where), 3)
@@ -107,6 +117,11 @@ def load_dataset(path: str, format: str, tokenizer: Tokenizer | None, vocab_size
             the whole file.
     """
     chosen, records = read_records(Path(path), format)
+    if chosen == "classification":
+        raise InputError(
+            f"{path} has labels (format classification), which --finetune.head.kind classification learns;"
+            " --data.format text learns the text itself"
+        )
     if chosen != "tokens" and tokenizer is None:
         raise InputError(
             f"{path} is text (format {chosen}), and the model directory has no tokenizer.model; give --model.tokenizer"
@@ -227,9 +242,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded ids and labels (B, T), int64; `tokens` real ids, `targets` labels that count."""
+    """The arguments of one call of the model: `inputs` by name (ids (B, T) int64, padded on the right), and `labels`.
 
-    input_ids: Tensor
+    `tokens` counts real ids, `targets` the labels that are learned: the step's loss is the mean over them.
+    """
+
+    inputs: dict[str, Tensor]
     labels: Tensor
     tokens: int
     targets: int
@@ -248,7 +266,7 @@ def collate(samples: Sequence[Sample], device: torch.device) -> Batch:
         ids[row, : len(sample.ids)] = sample.ids
         labels[row, : len(sample.ids)] = sample.labels
     return Batch(
-        torch.from_numpy(ids).to(device),
+        {"input_ids": torch.from_numpy(ids).to(device)},
         torch.from_numpy(labels).to(device),
         sum(len(s.ids) for s in samples),
         int((labels[:, 1:] != IGNORE).sum()),

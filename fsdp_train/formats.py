@@ -1,8 +1,9 @@
-"""Data files to records, with the place of each: Alpaca, prompt/completion, plain text, tokens; JSON lists or JSON lines."""
+"""Data files to records, with the place of each: instructions, texts, labels, tokens; JSON lists or JSON lines."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from typing import Any
 from llama.errors import InputError, listing, nearest
 from llama.files import without_repeated_keys
 
-# format -> (required keys, optional keys); all values are strings but for `tokens`
+# format -> (required keys, optional keys); all values are strings but for labels and `tokens`
 FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "alpaca": (("instruction", "output"), ("input",)),
     "completion": (("prompt", "completion"), ()),
+    "classification": (("text", "label"), ()),
     "text": (("text",), ()),
     "tokens": (("input_ids",), ("labels",)),
 }
@@ -114,10 +116,25 @@ def _check(record: Record, format: str) -> None:
         value = record.fields.get(key)
         if key in optional and value is None:
             continue
-        if format == "tokens":
+        if format == "classification" and key == "label":
+            _check_label(record.where, value)
+        elif format == "tokens":
             if not (isinstance(value, list) and all(type(i) is int for i in value)):
                 raise InputError(f"{record.where}: {key!r} is not a list of whole numbers")
         elif not isinstance(value, str):
             raise InputError(f"{record.where}: {key!r} is {_KINDS[type(value)]}; expected text")
         elif half := _SURROGATE.search(value):
             raise InputError(f"{record.where}: {key!r} holds half a character (\\u{ord(half[0]):x}), which is no text")
+
+
+def _check_label(where: str, value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where}: 'label' is {value}; expected a finite number")
+    listed = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and not all(isinstance(name, str) for name in value):
+        raise InputError(f"{where}: 'label' is a list of more than texts; expected the names of labels")
+    if not all(isinstance(name, str | int | float) for name in listed):
+        raise InputError(f"{where}: 'label' is {_KINDS[type(value)]}; expected text, a number, or a list of texts")
+    for name in listed:
+        if isinstance(name, str) and (half := _SURROGATE.search(name)):
+            raise InputError(f"{where}: 'label' holds half a character (\\u{ord(half[0]):x}), which is no text")

@@ -114,6 +114,11 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def no_picture(name: str) -> None:
+    """Say what is missing where a picture would have been drawn."""
+    print(f'no {name}: it needs matplotlib, pip install "llama-fsdp-finetuning[ui]"', file=sys.stderr, flush=True)
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: the allocator's peak on a GPU, the process's peak resident size on a CPU."""
     if device.type == "cuda":

@@ -12,6 +12,7 @@ import gc
 import os
 import socket
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,10 +31,10 @@ from torch.distributed.fsdp import MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp.wrap import CustomPolicy
 
 from fsdp_train.settings import option
-from llama import Llama
 from llama.errors import InputError
 from llama.model import DecoderLayer
 from peft_impl import count_parameters
+from peft_impl.adapters import AdapterLeaf
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def add(self, values: Tensor) -> None:
+        """Replace a tensor by its sum over all processes."""
+        if self.size > 1:
+            dist.all_reduce(values)
 
     def barrier(self) -> None:
         self.sum(0.0)
@@ -170,49 +176,52 @@ def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
 
 
 def sharding_units(model: nn.Module) -> list[nn.Module]:
-    """The modules that are sharded as units of their own; the root has what is left (embedding, final norm, head).
+    """The modules that are sharded as units of their own; the root has what is left (final norm, head, a tied embedding).
 
-    A unit is each decoder layer, and each maximal all-trainable module inside a frozen parent (an adapter's leaf, say):
-    trained and frozen parameters of one unit would share a flat parameter, whose gradient is as large as all of it.
-    `ModuleList` and `ModuleDict` are never units: a unit gathers when its forward runs, and theirs never does.
+    A unit is each decoder layer, the embedding, and each maximal module whose parameters all train inside a frozen parent (an
+    adapter's leaf, a projection), or are all frozen inside a parent that trains (the norm beside a tied weight): trained and
+    frozen parameters of one unit would share a flat parameter, whose gradient is as large as all of it.
+    `ModuleList` and `ModuleDict` are never units: a unit gathers when its forward runs, and theirs never does. A weight that
+    two modules share stays in the root, which is gathered for both.
     """
+    owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    shared = {p for p, modules in owners.items() if modules > 1}
     units = []
 
-    def visit(parent: nn.Module, parent_trains: bool) -> None:
+    def visit(parent: nn.Module, unit_trains: bool) -> None:
         for child in parent.children():
             called = not isinstance(child, nn.ModuleList | nn.ModuleDict)
-            trains = _all_trainable(child)
-            if isinstance(child, DecoderLayer) or (called and trains and not parent_trains):
+            required = {p.requires_grad for p in child.parameters()}
+            differs = called and required == {not unit_trains}
+            always = isinstance(child, DecoderLayer | nn.Embedding)
+            is_unit = (always or differs) and shared.isdisjoint(child.parameters())
+            if is_unit:
                 units.append(child)
-            visit(child, trains if called else parent_trains)
+            visit(child, required == {True} if is_unit else unit_trains)
 
-    visit(model, _all_trainable(model))
+    visit(model, any(p.requires_grad for p in shared) or all(p.requires_grad for p in model.parameters()))
     return units
 
 
-def _all_trainable(module: nn.Module) -> bool:
-    required = [p.requires_grad for p in module.parameters()]
-    return bool(required) and all(required)
-
-
-def shard(model: Llama, world: World, dtype: torch.dtype) -> nn.Module:
+def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
     """Wrap in `FullyShardedDataParallel`: parameters, gradients and optimizer state of each unit spread over all processes.
 
-    Computes in `dtype`; parameters keep their own dtype in the shards (fp32 masters), gradients are reduced in fp32. What
-    trains beside a frozen base stays in fp32 when gathered, too, and casts where it computes, as without sharding: it is
-    small, and DoRA's magnitudes, near one, would lose the training to bf16.
+    Computes in `dtype`; parameters keep their own dtype in the shards (fp32 masters), gradients are reduced in fp32. An
+    adapter's leaf stays in fp32 when gathered, too, and casts where it computes, as without sharding: it is small, and DoRA's
+    magnitudes, near one, would lose the training to bf16.
 
     Raises:
         InputError: a unit would mix trainable and frozen parameters.
     """
     units = set(sharding_units(model))
     trainable, _ = count_parameters(model)
-    computing = MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32, buffer_dtype=torch.float32)
-    as_stored = MixedPrecision(reduce_dtype=torch.float32)
+    # Inputs are left alone: the model computes in the dtype of its embedding, and labels may be numbers.
+    uncast: dict[str, Any] = {"cast_forward_inputs": False, "cast_root_forward_inputs": False}
+    computing = MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32, buffer_dtype=torch.float32, **uncast)
+    as_stored = MixedPrecision(reduce_dtype=torch.float32, **uncast)
 
     def policy(module: nn.Module) -> bool | dict[str, Any]:
-        beside_base = module in units and not isinstance(module, DecoderLayer)
-        return {"mixed_precision": as_stored} if beside_base else module in units
+        return {"mixed_precision": as_stored} if isinstance(module, AdapterLeaf) else module in units
 
     try:
         wrapped = FSDP(
@@ -266,27 +275,30 @@ def plain_name(name: str) -> str:
     return name
 
 
-def full_trainable_state(model: nn.Module, world: World) -> dict[str, Tensor]:
-    """The trained tensors whole, on the CPU, by plain name; on rank 0 (elsewhere empty). All processes must call it.
+def trained_tensors(model: nn.Module, world: World) -> Iterator[tuple[str, Tensor]]:
+    """(plain name, whole tensor) of all that trains, on rank 0; the other processes exhaust it too, and get nothing.
 
-    Units are gathered one at a time, so memory peaks at the trained tensors plus one unit.
+    A unit is gathered when its turn comes, and each tensor leaves it as a copy on the CPU: memory peaks at one unit more.
     """
-    state: dict[str, Tensor] = {}
 
-    def collect(module: nn.Module, prefix: str) -> None:
+    def pairs(module: nn.Module, prefix: str, gathered: bool) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad and "_flat_param" not in name and world.rank == 0:
-                # Always a copy: under FSDP the storage is freed when the unit is sharded again.
-                state[plain_name(prefix + name)] = parameter.detach().to("cpu", copy=True)
+                # Under FSDP the storage is freed when the unit is sharded again.
+                yield plain_name(prefix + name), parameter.detach().to("cpu", copy=gathered)
 
     if not isinstance(model, FSDP):
-        collect(model, "")
-        return state
+        yield from pairs(model, "", False)
+        return
     for name, module in model.named_modules():
         if isinstance(module, FSDP) and any(p.requires_grad for p in module.parameters()):
             with FSDP.summon_full_params(module, recurse=False, writeback=False):
-                collect(module, f"{name}." if name else "")
-    return state
+                yield from pairs(module, f"{name}." if name else "", True)
+
+
+def full_trainable_state(model: nn.Module, world: World) -> dict[str, Tensor]:
+    """Copies of all trained tensors, whole, on the CPU, by plain name; on rank 0 (elsewhere empty). All must call it."""
+    return {name: tensor.clone() for name, tensor in trained_tensors(model, world)}
 
 
 def frozen_checksum(model: nn.Module, world: World) -> str:

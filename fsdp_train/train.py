@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fsdp_train.data import Batch, Dataset, Plan, collate
+from fsdp_train.data import Batch, Dataset, Plan
 from fsdp_train.log import Metrics, Progress, peak_memory
 from fsdp_train.optim import OptimConfig, learning_rate
 from fsdp_train.parallel import World, clip_gradients
@@ -33,6 +33,7 @@ class TrainConfig:
     grad_accum: int = option(1, "micro-batches per optimizer step")
     seed: int = option(0, "of the adapter's start, the data's order and dropout")
     output_dir: str = option("", "where everything goes (default: a new directory below runs/)", "DIR")
+    max_shard_gb: float = option(5.0, "largest weight file of the model that is saved, GB")
     eval_every: int = option(0, "steps between evaluations on held-out data (0: before and after only)")
     samples: int = option(2, "held-out prompts answered before and after, for you to read (0: none)")
     sample_tokens: int = option(48, "longest answer to them, tokens")
@@ -45,6 +46,8 @@ class TrainConfig:
         for name, value in vars(self).items():
             if isinstance(value, int) and value < least.get(name, 0):
                 raise InputError(f"--train.{name} {value}: expected at least {least.get(name, 0)}")
+        if not 0 < self.max_shard_gb < math.inf:
+            raise InputError(f"--train.max_shard_gb {self.max_shard_gb}: expected a positive number")
 
 
 class NonFiniteError(RuntimeError):
@@ -71,7 +74,7 @@ def train_step(
     targets, tokens = world.sum(sum(b.targets for b in batches), sum(b.tokens for b in batches))
     losses = []
     for batch in batches:
-        loss = model(batch.input_ids, batch.labels)
+        loss = model(**batch.inputs, labels=batch.labels)
         (loss * (world.size / targets)).backward()
         losses.append(loss.detach())
     total = world.sum(torch.stack(losses).sum())[0]
@@ -109,8 +112,8 @@ def evaluate(model: nn.Module, data: Dataset, batch_size: int, world: World) -> 
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     targets = 0
     for step in range(plan.steps_per_epoch):
-        batch = collate([data.samples[i] for i in plan.micro_batches(step)[0]], world.device)
-        loss += model(batch.input_ids, batch.labels)
+        batch = data.batch(plan.micro_batches(step)[0], world.device)
+        loss += model(**batch.inputs, labels=batch.labels)
         targets += batch.targets
     model.train(was_training)
     total, count = world.sum(loss, targets)
@@ -134,11 +137,13 @@ def fit(
     steps: range,
     metrics: Metrics,
     log_every: int,
+    before_step: Callable[[int], None],
     after_step: Callable[[int], None],
 ) -> None:
     """Train steps `steps.start` .. `steps.stop` - 1 of the run.
 
     Args:
+        before_step: called with the step's number, on every process: what trains in it.
         after_step: called with the number of steps done, on every process: evaluation and checkpoints.
 
     Raises:
@@ -155,7 +160,8 @@ def fit(
             lr = learning_rate(optim, step, steps.stop)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            batches = [collate([data.samples[i] for i in indices], world.device) for indices in plan.micro_batches(step)]
+            before_step(step)
+            batches = [data.batch(indices, world.device) for indices in plan.micro_batches(step)]
             result = train_step(model, optimizer, batches, world, optim.grad_clip, step)
             seen += result.tokens
             busy += time.perf_counter() - began

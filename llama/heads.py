@@ -111,7 +111,8 @@ def replace_head(
 
     Args:
         labels: their names make a classifier, whose head is drawn from `seed`; without any it is a language model's head,
-            which keeps the weight it has.
+            which keeps the weight it has. HF's classifiers find a row's last token by a padding id: the configuration gets 0
+            (<unk>, which no text becomes) where it has none.
         problem_type: see `classification_loss`; None for HF's rule (regression for one label, single-label for more).
         hidden: widths of extra fully connected layers.
 
@@ -121,8 +122,14 @@ def replace_head(
     Raises:
         InputError: sizes or a problem type that cannot be, or a language model's head for a classifier.
     """
+    pad = 0 if labels and model.config.pad_token_id is None else model.config.pad_token_id
     config = dataclasses.replace(
-        model.config, tie_word_embeddings=False, id2label=tuple(labels), problem_type=problem_type, head_hidden=tuple(hidden)
+        model.config,
+        tie_word_embeddings=False,
+        pad_token_id=pad,
+        id2label=tuple(labels),
+        problem_type=problem_type,
+        head_hidden=tuple(hidden),
     )
     old, like = model.head, model.model.embed_tokens.weight
     if not labels and isinstance(old, ClassificationHead):

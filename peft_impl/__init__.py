@@ -1,7 +1,7 @@
 """Parameter-efficient fine-tuning on a frozen Llama. Importing a method's file registers it."""
 
 from peft_impl.adapters import add_adapter, remove_adapter, set_adapter
-from peft_impl.freeze import count_parameters, trainable_table
+from peft_impl.freeze import count_parameters, select_parameters, train_only, trainable_table
 from peft_impl.llama_adapter import LlamaAdapterConfig
 from peft_impl.lora import LoraConfig
 from peft_impl.merge import MergeReport, merge, merge_and_unload, unmerge
@@ -23,8 +23,10 @@ __all__ = [
     "read_adapter",
     "remove_adapter",
     "save_adapter",
+    "select_parameters",
     "set_adapter",
     "to_peft_form",
+    "train_only",
     "trainable_table",
     "unmerge",
 ]

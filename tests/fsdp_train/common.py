@@ -70,7 +70,7 @@ def step_gradients(
     model = build(method, shape)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     config = ParallelConfig(precision="fp32", activation_checkpointing=checkpointing)  # type: ignore[arg-type]
-    wrapped, _, _ = wrap_model(model, config, OptimConfig(), world)
+    wrapped, _ = wrap_model(model, config, OptimConfig(), world)
     optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=1.0)
     data = samples(count)
     plan = Plan(count, batch, accum, world.size, world.rank, 0, shuffle=False)

@@ -95,7 +95,7 @@ def holdings(rank: int) -> dict[str, Any]:
         for method in ADAPTERS:
             model = build(method)
             state = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-            model, optimizer, _ = wrap_model(model, ParallelConfig(precision="fp32"), OptimConfig(), world)
+            model, optimizer = wrap_model(model, ParallelConfig(precision="fp32"), OptimConfig(), world)
             model(IDS, IDS).backward()
             optimizer.step()
             trained = [p for p in model.parameters() if p.requires_grad]

@@ -96,9 +96,9 @@ def sample(ids: list[int], labels: list[int]) -> Sample:
 def test_a_batch_is_padded_on_the_right() -> None:
     """The labels of real ids stay, whatever their id: 0, which pads, and EOS, which others pad with."""
     batch = collate([sample([1, 0, 5, 0, 2], [-100, -100, 5, 0, 2]), sample([1, 2], [-100, 2])], torch.device("cpu"))
-    assert batch.input_ids.tolist() == [[1, 0, 5, 0, 2], [1, 2, 0, 0, 0]]
+    assert batch.inputs["input_ids"].tolist() == [[1, 0, 5, 0, 2], [1, 2, 0, 0, 0]]
     assert batch.labels.tolist() == [[-100, -100, 5, 0, 2], [-100, 2, -100, -100, -100]]
-    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+    assert batch.inputs["input_ids"].dtype == batch.labels.dtype == torch.int64
     assert (batch.tokens, batch.targets) == (7, 4)
     assert batch.where == ["[1, 0, 5, 0, 2]", "[1, 2]"]
 
@@ -110,12 +110,12 @@ def test_the_first_label_is_no_target() -> None:
 
 def test_an_empty_batch_is_one_masked_row() -> None:
     batch = collate([], torch.device("cpu"))
-    assert batch.input_ids.shape == batch.labels.shape == (1, 2)
+    assert batch.inputs["input_ids"].shape == batch.labels.shape == (1, 2)
     assert (batch.labels == -100).all()
     assert (batch.tokens, batch.targets, batch.where) == (0, 0, [])
     model = llama.Llama(SHAPES["gqa"])
     randomise(model)
-    assert model(batch.input_ids, batch.labels).item() == 0.0
+    assert model(batch.inputs["input_ids"], batch.labels).item() == 0.0
 
 
 @pytest.mark.parametrize("pad", [1, 2, 96])
@@ -125,10 +125,10 @@ def test_the_loss_does_not_depend_on_the_pad(pad: int) -> None:
     randomise(model)
     samples = [sample(list(range(3, 20)), list(range(3, 20))), sample([5, 6, 2], [-100, 6, 2])]
     batch = collate(samples, torch.device("cpu"))
-    other = batch.input_ids.clone()
+    other = batch.inputs["input_ids"].clone()
     other[1, 3:] = pad
     with torch.no_grad():
-        assert torch.equal(model(batch.input_ids, batch.labels), model(other, batch.labels))
-        assert torch.equal(model(batch.input_ids)[1, :3], model(other)[1, :3])
+        assert torch.equal(model(batch.inputs["input_ids"], batch.labels), model(other, batch.labels))
+        assert torch.equal(model(batch.inputs["input_ids"])[1, :3], model(other)[1, :3])
         other[1, 1] = 7  # a real one does matter
-        assert not torch.equal(model(batch.input_ids, batch.labels), model(other, batch.labels))
+        assert not torch.equal(model(batch.inputs["input_ids"], batch.labels), model(other, batch.labels))

@@ -54,7 +54,7 @@ def test_a_process_without_samples_takes_part() -> None:
     assert plan.micro_batches(0) == [[2], []]
     batch = collate([], torch.device("cpu"))
     model = build("lora")
-    loss = model(batch.input_ids, batch.labels)
+    loss = model(batch.inputs["input_ids"], batch.labels)
     loss.backward()
     assert loss == 0
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
@@ -145,7 +145,7 @@ def bf16_losses(rank: int) -> list[float]:
     with process_group(ParallelConfig()) as world:
         model = build("lora", dtype=torch.bfloat16)
         model.model.compute_dtype = torch.bfloat16
-        wrapped, optimizer, _ = wrap_model(model, ParallelConfig(precision="bf16"), OptimConfig(lr=2e-3), world)
+        wrapped, optimizer = wrap_model(model, ParallelConfig(precision="bf16"), OptimConfig(lr=2e-3), world)
         data = samples(8)
         plan = Plan(8, 4 // world.size, 2, world.size, world.rank, 0, shuffle=False)
         batches = [collate([data[i] for i in indices], world.device) for indices in plan.micro_batches(0)]
