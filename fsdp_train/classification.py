@@ -21,6 +21,7 @@ from fsdp_train.data import Batch, Dataset, Plan, Sample
 from fsdp_train.formats import Record, read_records
 from fsdp_train.parallel import World
 from fsdp_train.templates import encode_prompt
+from fsdp_train.train import NonFiniteError
 from llama import Tokenizer
 from llama.errors import InputError, listing, nearest
 from llama.heads import classification_loss
@@ -185,6 +186,9 @@ def evaluate_classifier(model: nn.Module, data: ClassificationDataset, batch_siz
     """Over all samples: `eval_loss`, the mean loss; and but for a regression `accuracy`, the part of the samples with exactly
     the right labels, and `macro_f1`, the mean over labels of 2 TP / (2 TP + FP + FN), labels that neither occur nor are ever
     predicted left out (scikit-learn's `accuracy_score` and `f1_score(average="macro")`).
+
+    Raises:
+        NonFiniteError: on every process alike.
     """
     was_training = model.training
     model.eval()
@@ -208,6 +212,8 @@ def evaluate_classifier(model: nn.Module, data: ClassificationDataset, batch_siz
             sums[3:] += torch.cat(((given & right).sum(0), (given & ~right).sum(0), (~given & right).sum(0)))
     model.train(was_training)
     total = torch.tensor(world.sum(*sums), dtype=torch.float64)
+    if not total[0].isfinite():
+        raise NonFiniteError(f"the evaluation loss on {data.path} is {(total[0] / total[1]).item()}")
     found = {"eval_loss": (total[0] / total[1]).item()}
     if data.space.problem_type != REGRESSION:
         hit, wrong, missed = total[3:].view(3, labels)

@@ -221,7 +221,9 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
     as_stored = MixedPrecision(reduce_dtype=torch.float32, **uncast)
 
     def policy(module: nn.Module) -> bool | dict[str, Any]:
-        return {"mixed_precision": as_stored} if isinstance(module, AdapterLeaf) else module in units
+        if module in units and isinstance(module, AdapterLeaf):
+            return {"mixed_precision": as_stored}
+        return module in units
 
     try:
         wrapped = FSDP(

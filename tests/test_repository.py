@@ -20,7 +20,11 @@ MAY_IMPORT = {
     "tools": set(PACKAGES),
 }
 # Behind a try, with a plain form when missing.
-OPTIONAL = {"fsdp_train/log.py": {"tqdm"}, "tools/compare_methods.py": {"matplotlib"}}
+OPTIONAL = {
+    "fsdp_train/log.py": {"tqdm"},
+    "fsdp_train/partial.py": {"matplotlib"},
+    "tools/compare_methods.py": {"matplotlib"},
+}
 
 
 def modules(package: str) -> list[Path]:

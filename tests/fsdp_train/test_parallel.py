@@ -65,13 +65,13 @@ def test_a_process_without_samples_takes_part() -> None:
 
 def test_units_are_layers_and_maximal_trainable_modules() -> None:
     model = build("full")
-    assert sharding_units(model) == list(model.model.layers)
+    assert sharding_units(model) == [model.model.embed_tokens, *model.model.layers]
     model = build("lora")
     names = {module: name for name, module in model.named_modules()}
     found = {names[unit] for unit in sharding_units(model)}
     layers = {f"model.layers.{i}" for i in range(3)}
     leaves = {name for name in names.values() if name.endswith(".lora.default")}
-    assert found == layers | leaves | {"lm_head.copies.default"}
+    assert found == layers | leaves | {"lm_head.copies.default", "model.embed_tokens"}
     assert len(leaves) == 21
     assert not any(isinstance(unit, nn.ModuleList | nn.ModuleDict) for unit in sharding_units(model))
 
@@ -117,7 +117,7 @@ def shards(rank: int) -> dict[str, Any]:
 
 def test_shards_units_and_whole_tensors(tmp_path: Path) -> None:
     one, (first, second) = shards(0), spawn(2, shards, tmp_path=tmp_path)
-    for method, units in (("lora", 1 + 3 + 21 + 1), ("full", 1 + 3)):
+    for method, units in (("lora", 1 + 1 + 3 + 21 + 1), ("full", 1 + 1 + 3)):
         for found in (one, first, second):
             assert found[method]["units"] == units
             assert found[method]["state"]

@@ -14,12 +14,12 @@ import transformers
 from safetensors.torch import load_file
 
 import llama
-from fsdp_train import train
+from fsdp_train import data
 from fsdp_train.data import load_dataset
 from fsdp_train.main import main
 from fsdp_train.parallel import ParallelConfig, process_group
 from fsdp_train.run import Run
-from fsdp_train.train import NonFiniteError
+from fsdp_train.train import NonFiniteError, evaluate
 from peft_impl import load_adapter, read_adapter
 from tests.launch import torchrun
 from tests.oracle import DATA, STORIES, hf_model, largest, needs_data
@@ -154,9 +154,9 @@ def test_non_finite_loss_stops_with_step_and_samples(
     model_dir: Path, alpaca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The weights of the step before are not touched, and no artefact appears."""
-    collate, seen = train.collate, []
+    collate, seen = data.collate, []
 
-    def poisoned(samples: list, device: torch.device) -> train.Batch:
+    def poisoned(samples: list, device: torch.device) -> data.Batch:
         batch = collate(samples, device)
         seen.append([s.where for s in samples])
         return batch
@@ -167,7 +167,7 @@ def test_non_finite_loss_stops_with_step_and_samples(
         loss = forward(self, *args, **kwargs)
         return loss * float("nan") if len(seen) == 6 else loss  # the last micro-batch of step 3
 
-    monkeypatch.setattr(train, "collate", poisoned)
+    monkeypatch.setattr(data, "collate", poisoned)
     monkeypatch.setattr(llama.Llama, "forward", explode)
     with pytest.raises(SystemExit) as stopped:
         main(
@@ -250,6 +250,6 @@ def test_an_evaluation_that_is_not_finite_is_no_result(alpaca_file: Path, tokeni
         def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             return torch.tensor(float("nan"))
 
-    data = load_dataset(str(alpaca_file), "auto", llama.Tokenizer(tokenizer_dir), 300, 512)
+    dataset = load_dataset(str(alpaca_file), "auto", llama.Tokenizer(tokenizer_dir), 300, 512)
     with process_group(ParallelConfig()) as world, pytest.raises(NonFiniteError, match=r"the evaluation loss on \S+ is nan"):
-        train.evaluate(Broken(), data, 4, world)
+        evaluate(Broken(), dataset, 4, world)
