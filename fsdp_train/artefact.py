@@ -105,9 +105,10 @@ class Artefact:
         trained = set()
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in stream:
-                trained.add(name)
-                yield name, tensor
+            for item in stream:
+                trained.add(item[0])
+                yield item
+                del item  # before the next is made
             for name, _ in self._skeleton.named_parameters():
                 if name not in trained and self._base is not None:
                     yield name, self._base.read(name)

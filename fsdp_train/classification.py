@@ -47,7 +47,7 @@ class LabelSpace:
         if (kind := _problem(record, len(self.names))) != self.problem_type:
             raise InputError(f"{where}: label {label!r} is for {kind}, but the first is for {self.problem_type}")
         if kind == REGRESSION:
-            return np.array([label], dtype=np.float32)
+            return self._number(label, where)
         ids = []
         for name in _names(label):
             if name not in self.names:
@@ -58,6 +58,13 @@ class LabelSpace:
         target = np.zeros(len(self.names), dtype=np.float32)
         target[ids] = 1
         return target
+
+    def _number(self, label: float, where: str) -> np.ndarray:
+        if len(self.names) > 1:
+            raise InputError(f"{where}: label {label!r} is one number, but the base is a regression of {len(self.names)}")
+        if abs(label) > (most := float(np.finfo(np.float32).max)):
+            raise InputError(f"{where}: label {str(label)[:20]} is beyond the numbers of 32 bits, at most {most:.2g}")
+        return np.array([label], dtype=np.float32)
 
 
 def _names(label: Any) -> list[str]:
@@ -79,10 +86,15 @@ def labels_of(records: Sequence[Record], number: int | None) -> LabelSpace:
     """The labels that occur, sorted; whole numbers below `number` (`--finetune.head.num_labels`) where that is given.
 
     Raises:
-        InputError: another number of labels than `number`.
+        InputError: another number of labels than `number`, or fewer than two.
     """
     problem = _problem(records[0], number)
     if problem == REGRESSION:
+        if number not in (None, 1):
+            label, where = records[0].fields["label"], records[0].where
+            raise InputError(
+                f"--finetune.head.num_labels {number}, but {where} has the label {label!r} of a regression; expected 1"
+            )
         return LabelSpace(("LABEL_0",), REGRESSION)
     if number is not None and all(type(record.fields["label"]) is int for record in records):
         return LabelSpace(tuple(map(str, range(number))), problem)
@@ -93,7 +105,8 @@ def labels_of(records: Sequence[Record], number: int | None) -> LabelSpace:
             f"--finetune.head.num_labels {number}, but the training data has {len(names)} labels: {listing(names, 10)}"
         )
     if len(names) < 2:
-        raise InputError(f"the training data has one label only, {names[0]!r}; expected at least two")
+        few = f"one label only, {names[0]!r}" if names else "no labels, only empty lists"
+        raise InputError(f"the training data has {few}; expected at least two")
     return LabelSpace(names, problem)
 
 
@@ -185,7 +198,8 @@ def decided(scores: Tensor, space: LabelSpace) -> Tensor:
 def evaluate_classifier(model: nn.Module, data: ClassificationDataset, batch_size: int, world: World) -> dict[str, float]:
     """Over all samples: `eval_loss`, the mean loss; and but for a regression `accuracy`, the part of the samples with exactly
     the right labels, and `macro_f1`, the mean over labels of 2 TP / (2 TP + FP + FN), labels that neither occur nor are ever
-    predicted left out (scikit-learn's `accuracy_score` and `f1_score(average="macro")`).
+    predicted left out, 0 if that is all (scikit-learn's `accuracy_score`, and `f1_score` with average="macro" and
+    zero_division=np.nan).
 
     Raises:
         NonFiniteError: on every process alike.
@@ -218,5 +232,5 @@ def evaluate_classifier(model: nn.Module, data: ClassificationDataset, batch_siz
     if data.space.problem_type != REGRESSION:
         hit, wrong, missed = total[3:].view(3, labels)
         f1 = (2 * hit / (2 * hit + wrong + missed))[(hit + wrong + missed) > 0]
-        found |= {"accuracy": total[2].item() / len(data.samples), "macro_f1": f1.mean().item()}
+        found |= {"accuracy": total[2].item() / len(data.samples), "macro_f1": f1.mean().item() if len(f1) else 0.0}
     return found

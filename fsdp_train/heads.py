@@ -11,6 +11,7 @@ from fsdp_train.classification import LabelSpace
 from fsdp_train.settings import option
 from llama import Llama, LlamaConfig, replace_head
 from llama.errors import InputError, listing
+from peft_impl import adapter_labels
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,21 @@ def known_labels(base: LlamaConfig, head: HeadConfig) -> LabelSpace | None:
             f" {listing(base.id2label, 10)}"
         )
     return LabelSpace(base.id2label, str(base.problem_type))
+
+
+def labels_of_adapter(path: str, number: int | None) -> tuple[LabelSpace | None, int | None]:
+    """The labels of a classifier's adapter, or where it names none, as PEFT's do, how many the data is to have.
+
+    Raises:
+        InputError: it is none, or has another number of labels than `number`.
+    """
+    found = adapter_labels(path)
+    if found is None:
+        raise InputError(f"--finetune.from_adapter {path} is no classifier's adapter")
+    names, problem = found
+    if number not in (None, len(names)):
+        raise InputError(f"--finetune.head.num_labels {number}, but {path} has {len(names)} labels: {listing(names, 10)}")
+    return (None if problem is None else LabelSpace(names, problem)), len(names)
 
 
 def wanted(base: LlamaConfig, head: HeadConfig, space: LabelSpace | None, own_head: bool) -> LlamaConfig:

@@ -9,7 +9,7 @@ from fsdp_train.build import check_tokenizer, load_tokenizer
 from fsdp_train.classification import ClassificationDataset, LabelSpace, load_classification
 from fsdp_train.config import RunConfig
 from fsdp_train.data import Dataset, Plan, load_dataset
-from fsdp_train.heads import known_labels, wanted
+from fsdp_train.heads import known_labels, labels_of_adapter, wanted
 from fsdp_train.parallel import World
 from llama import PRESETS, LlamaConfig, Tokenizer
 from llama.errors import InputError
@@ -58,10 +58,13 @@ def read_inputs(config: RunConfig, world: World, tell: Callable[[str], None]) ->
         raise InputError(f"--data.max_length {length} is beyond the model's context of {base.max_position_embeddings}")
     head = config.finetune.head
     known = known_labels(base, head)
+    number = head.num_labels
+    if config.finetune.from_adapter and head.kind == "classification" and known is None:
+        known, number = labels_of_adapter(config.finetune.from_adapter, number)
 
     def load(path: str, space: LabelSpace | None) -> Dataset:
         if head.kind == "classification":
-            dataset: Dataset = load_classification(path, tokenizer, length, space, head.num_labels)
+            dataset: Dataset = load_classification(path, tokenizer, length, space, number)
         else:
             dataset = load_dataset(path, data.format, tokenizer, base.vocab_size, length)
         tell(dataset.report())

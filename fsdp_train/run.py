@@ -95,9 +95,9 @@ class Run:
     def wrap(self) -> None:
         """Shard, build the optimizer, resume; from here on the model belongs to all processes together."""
         method, inputs = self.config.finetune.method, self.inputs
-        self.trainable, total = count_parameters(self.model)
-        share = 100 * self.trainable / total
-        self.tell(f"{method}: {self.trainable:,} of {total:,} parameters train ({share:.2f} %)")
+        self.trainable, self.total = count_parameters(self.model)
+        share = 100 * self.trainable / self.total
+        self.tell(f"{method}: {self.trainable:,} of {self.total:,} parameters train ({share:.2f} %)")
         self.tell("" if method == "full" else trainable_table(self.model))
         if self.world.size > 1:
             table = self.world.table()
@@ -247,7 +247,7 @@ class Run:
             lines.append(f"held-out {name}: {old}{new:.4f} after")
         if self.is_adapter:
             lines.append(f"base weights: unchanged (checksum {self.checksum} before and after)")
-        elif self.config.finetune.method != "full":
+        elif self.trainable < self.total:
             lines.append("frozen weights: unchanged, copied from the base's files")
         lines.append(f"saved: {self.artefact.path} ({self.bytes / 1e6:.2f} MB, {self.trainable:,} trained parameters)")
         lines.append(f"time: {seconds:.0f} s, peak memory {peak_memory(self.world.device) / 1e9:.2f} GB per process")

@@ -6,7 +6,7 @@ from peft_impl.llama_adapter import LlamaAdapterConfig
 from peft_impl.lora import LoraConfig
 from peft_impl.merge import MergeReport, merge, merge_and_unload, unmerge
 from peft_impl.official_llama_adapter import load_official, to_peft_form
-from peft_impl.peft_files import load_adapter, read_adapter, save_adapter
+from peft_impl.peft_files import adapter_labels, load_adapter, match_head, read_adapter, save_adapter
 from peft_impl.prefix_tuning import PrefixTuningConfig
 
 __all__ = [
@@ -14,10 +14,12 @@ __all__ = [
     "LoraConfig",
     "MergeReport",
     "PrefixTuningConfig",
+    "adapter_labels",
     "add_adapter",
     "count_parameters",
     "load_adapter",
     "load_official",
+    "match_head",
     "merge",
     "merge_and_unload",
     "read_adapter",

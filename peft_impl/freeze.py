@@ -60,7 +60,7 @@ def _matching(model: Llama, names: Sequence[str], pattern: str) -> list[str]:
         )
     if counted := re.fullmatch(r"(first|last):(.*)", pattern):
         number, layers = counted[2], config.num_hidden_layers
-        if not (number.isdigit() and 1 <= int(number) <= layers):
+        if not (number.isdecimal() and 1 <= int(number) <= layers):
             raise InputError(f"{pattern!r}: expected {counted[1]}:N with 1 <= N <= {layers}, the model's decoder layers")
         span = range(int(number)) if counted[1] == "first" else range(layers - int(number), layers)
         return [name for name in names if layer_of(name) in span]
@@ -71,9 +71,16 @@ def _matching(model: Llama, names: Sequence[str], pattern: str) -> list[str]:
     if not found:
         if pattern == "biases":
             raise InputError("'biases' matches nothing: Llama 2's projections have none")
-        parts = {part for name in names for part in (name, *name.split("."))} | {f"layers.{i}" for i in layers_in(names)}
-        raise InputError(f"{pattern!r} matches no parameter{nearest(pattern, [*KINDS, *sorted(parts), 'last:N', 'first:N'])}")
+        raise InputError(f"{pattern!r} matches no parameter{nearest(pattern, _known(names))}")
     return found
+
+
+def _known(names: Sequence[str]) -> list[str]:
+    """Patterns that match something."""
+    words = [word for word, kind in KINDS.items() if any(re.search(kind, name) for name in names)]
+    inside = {f"layers.*.{name.split('.')[-2]}" for name in names if layer_of(name) is not None}
+    parts = {part for name in names for part in (name, *name.split("."))} | {f"layers.{i}" for i in layers_in(names)}
+    return [*words, *sorted(parts | inside), "last:N", "first:N"]
 
 
 def layer_of(name: str) -> int | None:

@@ -219,7 +219,10 @@ def _to_peft(model: Llama, config: LoraConfig) -> dict[str, Any]:
     if config.target_modules == "all-linear":  # saved expanded, as PEFT does: the head is no target on any reader
         paths = linear_targets(model, "all-linear", None, saved_targets(model, config.modules_to_save))
         written["target_modules"] = sorted({path.rpartition(".")[2] for path in paths})
-    written["modules_to_save"] = config.modules_to_save or None
+    saved = [*config.modules_to_save]
+    if model.config.id2label and "score" in saved:
+        saved = ["classifier", *saved]  # both names, as PEFT writes them for a classifier
+    written["modules_to_save"] = saved or None
     return {**written, "peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True}
 
 
@@ -248,6 +251,8 @@ def _from_peft(found: dict[str, Any], where: str) -> LoraConfig:
     for key in fields & found.keys():
         if found[key] is not None:
             values[key] = tuple(found[key]) if isinstance(found[key], list) else found[key]
+    if found.get("task_type") == "SEQ_CLS":  # PEFT names both of the heads that a classifier may have
+        values["modules_to_save"] = tuple(name for name in values.get("modules_to_save", ()) if name != "classifier")
     if isinstance(values.get("layers_to_transform"), int):
         values["layers_to_transform"] = (values["layers_to_transform"],)
     try:

@@ -29,11 +29,12 @@ class Replaceable(nn.Module):
                 return cast(Tensor, self.copies[name](*given))
         masks = {name: cast(Tensor, rows) for name, rows in used.items()}
         if masks and labels is not None:
-            rows_of = {name: mask.view(-1, 1) for name, mask in masks.items()}
+            rows_of = {name: mask.view(-1, *[1] * (labels.dim() - 1)) for name, mask in masks.items()}
             others = ~torch.stack(list(rows_of.values())).any(0)
-            loss = base(x, labels.masked_fill(~others, IGNORE))
+            nothing = float("nan") if labels.is_floating_point() else IGNORE
+            loss = base(x, labels.masked_fill(~others, nothing))
             for name, rows in rows_of.items():
-                loss = loss + self.copies[name](x, labels.masked_fill(~rows, IGNORE))
+                loss = loss + self.copies[name](x, labels.masked_fill(~rows, nothing))
             return cast(Tensor, loss)
         y = base(*given)
         for name, mask in masks.items():  # a token id has one dimension less than its vector

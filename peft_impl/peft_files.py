@@ -20,13 +20,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llama import Llama
+from llama import Llama, replace_head
 from llama.errors import InputError, listing, nearest
 from llama.files import new_directory, read_json, write_json
 from llama.weight_files import load_pickled
 from peft_impl.adapters import METHODS, adapters_of, add_adapter, is_untrained, method_of, remove_adapter
 
 CONFIG_FILE, WEIGHTS_FILE, LEGACY_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+LABELS_FILE = "labels.json"  # of a classifier's adapter: ours, beside PEFT's files, which PEFT does not read
+CLASSIFIER = "SEQ_CLS"  # PEFT's task type
 
 
 def save_adapter(
@@ -63,12 +65,16 @@ def save_adapter(
         warnings.warn(f"adapter {name!r} was never trained: it is what add_adapter made it", stacklevel=2)
     with new_directory(path, replace) as temporary:
         save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        labels = dict(enumerate(model.config.id2label))
         common = {
-            "task_type": "CAUSAL_LM",
+            "task_type": CLASSIFIER if labels else "CAUSAL_LM",
             "base_model_name_or_path": base,
             "inference_mode": True,
         }
         write_json(temporary / CONFIG_FILE, {**common, **method.to_peft(model, config)})
+        if labels:  # PEFT has no place for their names
+            named = {"id2label": {str(i): label for i, label in labels.items()}, "problem_type": model.config.problem_type}
+            write_json(temporary / LABELS_FILE, named)
         _, written = read_adapter(temporary)
         if set(written) != set(tensors) or not all(torch.equal(written[key], tensors[key]) for key in tensors):
             raise OSError(f"{WEIGHTS_FILE} does not hold what was in memory")
@@ -108,6 +114,8 @@ def load_adapter(model: Llama, path: str | os.PathLike[str], name: str = "defaul
             is then as it was.
     """
     config, tensors = read_adapter(path)
+    if read_json(Path(path) / CONFIG_FILE).get("task_type") == CLASSIFIER and not model.config.id2label:
+        raise InputError(f"{path} is a classifier's adapter; give the base a head for its labels first (match_head)")
     method_of(config).fits(model, read_json(Path(path) / CONFIG_FILE), str(Path(path) / CONFIG_FILE))
     active, required = adapters_of(model).active, {n: p.requires_grad for n, p in model.named_parameters()}
     try:
@@ -130,6 +138,40 @@ def load_adapter(model: Llama, path: str | os.PathLike[str], name: str = "defaul
         for own, tensor in method.unpack(model, name, tensors).items():
             parameters[own].copy_(tensor)
             parameters[own].requires_grad_(trainable)
+
+
+def adapter_labels(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], str | None] | None:
+    """The names of a classifier's labels and its problem type; None for an adapter of a language model.
+
+    What PEFT wrote has no names: they become LABEL_0, LABEL_1, ..., as in `transformers`.
+
+    Raises:
+        InputError: as `read_adapter`, or a damaged `labels.json`.
+    """
+    path = Path(path)
+    if read_json(path / CONFIG_FILE).get("task_type") != CLASSIFIER:
+        return None
+    score = read_adapter(path)[1].get("base_model.model.score.weight")
+    if score is None:
+        raise InputError(f"{path / CONFIG_FILE}: task_type is {CLASSIFIER}, but there is no head (score) among the tensors")
+    if not (path / LABELS_FILE).exists():
+        return tuple(f"LABEL_{i}" for i in range(len(score))), None
+    found = read_json(path / LABELS_FILE)
+    named, problem = found.get("id2label"), found.get("problem_type")
+    if not isinstance(named, dict) or set(named) != {str(i) for i in range(len(score))}:
+        raise InputError(f"{path / LABELS_FILE}: id2label = {named!r}; expected names for the ids 0 to {len(score) - 1}")
+    return tuple(named[str(i)] for i in range(len(score))), problem
+
+
+def match_head(model: Llama, path: str | os.PathLike[str]) -> None:
+    """Give the base the head that the adapter in `path` goes with: a classifier's for a classifier's adapter.
+
+    Raises:
+        InputError: as `adapter_labels`.
+    """
+    labels = adapter_labels(path)
+    if labels is not None and not model.config.id2label:
+        replace_head(model, *labels)
 
 
 def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:

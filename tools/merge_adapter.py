@@ -17,7 +17,7 @@ from fsdp_train.settings import fail
 from llama import InputError
 from llama.files import check_free
 from llama.weight_files import open_weights
-from peft_impl import load_adapter, merge_and_unload
+from peft_impl import load_adapter, match_head, merge_and_unload
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stored = weights.read(next(iter(weights.shapes))).dtype
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: stored}[options.dtype]
         model = llama.load(options.model, dtype)
+        match_head(model, options.adapter)
         load_adapter(model, options.adapter)
         report = merge_and_unload(model)
         llama.save(model, options.output, tokenizer_from=options.model)
