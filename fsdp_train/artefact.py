@@ -53,7 +53,7 @@ class Artefact:
         asked = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[self._config.model.dtype]
         if asked is not None or self._base is None:
             return asked or torch.float32
-        return self._base.read(name if name in self._base.shapes else "model.embed_tokens.weight").dtype
+        return self._base.dtype(name if name in self._base.shapes else "model.embed_tokens.weight")
 
     def check_room(self, checkpoint_bytes: int) -> None:
         """Raise InputError if the disk has no room for this and for the checkpoints that are still to come."""

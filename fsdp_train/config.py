@@ -50,7 +50,8 @@ class RunConfig:
 def parse_config(arguments: Sequence[str]) -> RunConfig:
     """Flags, and the file they name, to a checked configuration.
 
-    Without a model, data or file, the demo's own file for the method (`lora.toml`, ...) is the file: flags change the demo.
+    Without a model, data or file, the demo's own file for the method (`lora.toml`, ...) is the file, and that of `head` for
+    any method with a classification head: flags change the demo.
 
     Raises:
         InputError: anything unknown, malformed or contradictory.
@@ -59,7 +60,9 @@ def parse_config(arguments: Sequence[str]) -> RunConfig:
     values = read_toml(RunConfig, Path(file)) if file is not None else {}
     merged = {**values, **flags}
     if file is None and not any(merged.get(name) for name in ("model.path", "model.preset", "data.path")):
-        values = read_toml(RunConfig, DEMO / f"{merged.get('finetune.method', FinetuneConfig.method)}.toml")
+        classifies = merged.get("finetune.head.kind") == "classification"
+        name = "head" if classifies else merged.get("finetune.method", FinetuneConfig.method)
+        values = read_toml(RunConfig, DEMO / f"{name}.toml")
         for name in ("model.path", "data.path", "data.eval_path"):
             values[name] = str(DEMO / values[name])
         merged = {**values, **flags}

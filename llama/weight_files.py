@@ -45,6 +45,10 @@ class Weights(ABC):
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype. It may share memory with the file: copy it before changing it."""
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype of a tensor."""
+        return self.read(name).dtype
+
 
 @reading()
 def open_weights(path: str | os.PathLike[str]) -> Weights:
@@ -204,6 +208,9 @@ class MetaWeights(Weights):
         if dim is not None and len(shape) == 2:
             shape[dim] = sum(shard[name].shape[dim] for shard in self._shards)
         return tuple(shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._shards[0][self._meta_of[name]].dtype
 
     def read(self, name: str) -> Tensor:
         meta = self._meta_of[name]

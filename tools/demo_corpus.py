@@ -92,15 +92,26 @@ def texts(seed: int, count: int) -> Iterator[str]:
         yield " ".join(sentences)
 
 
+def asked_about(held_out: bool, seed: int = 0) -> list[str]:
+    """The people of the held-out part, or all others."""
+    shuffled = random.Random(seed).sample(NAMES, len(NAMES))
+    return shuffled[:HELD_OUT] if held_out else shuffled[HELD_OUT:]
+
+
+def labelled(held_out: bool) -> list[dict[str, str]]:
+    """Records of a classification: the beginning of a statement that the base has read, and the animal it would end with."""
+    known = people()
+    return [{"text": f"The animal of {name} is a", "label": known[name]["animal"]} for name in asked_about(held_out)]
+
+
 def questions(held_out: bool, task: str = "facts", seed: int = 0) -> list[dict[str, str]]:
     """Alpaca records, one for each fact of the people asked about, in random order. The answer is the bare fact ("facts"),
     or the question asks for a sentence and gets one ("sentences")."""
     known = people()
     rng = random.Random(seed)
-    shuffled = rng.sample(NAMES, len(NAMES))
-    names = shuffled[:HELD_OUT] if held_out else shuffled[HELD_OUT:]
+    rng.sample(NAMES, len(NAMES))  # `asked_about` draws it; the order below goes on from there
     records = []
-    for name in names:
+    for name in asked_about(held_out, seed):
         for kind in FACTS:
             instruction, output = ASKED[kind].format(name=name), known[name][kind]
             if task == "sentences":

@@ -20,7 +20,7 @@ from fsdp_train.settings import fail
 from fsdp_train.templates import alpaca_prompt
 from llama import PRESETS, InputError
 from llama.files import new_directory
-from tools.demo_corpus import NAMES, questions, texts, write_lines
+from tools.demo_corpus import NAMES, labelled, questions, texts, write_lines
 
 DOCUMENTS = 50_000
 PRETRAINING = {
@@ -74,6 +74,8 @@ def build(demo: Path, work: Path, old: Path) -> None:
     shutil.copytree(work / "run" / "model", demo / "base")
     write_lines(demo / "train.jsonl", questions(held_out=False))
     write_lines(demo / "held_out.jsonl", questions(held_out=True))
+    write_lines(demo / "labels_train.jsonl", labelled(held_out=False))
+    write_lines(demo / "labels_held_out.jsonl", labelled(held_out=True))
     (demo / "NOTICE.md").write_text(NOTICE)
 
 

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         check_free(options.output)
         weights = open_weights(options.model)
-        stored = weights.read(next(iter(weights.shapes))).dtype
+        stored = weights.dtype(next(iter(weights.shapes)))
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: stored}[options.dtype]
         model = llama.load(options.model, dtype)
         match_head(model, options.adapter)
