@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_free(options.output)
         tokenizer = tokenizer_directory(options.tokenizer) if options.tokenizer else Path(options.model)
         weights = open_weights(options.model)
-        stored = weights.read(next(iter(weights.shapes))).dtype
+        stored = weights.dtype(next(iter(weights.shapes)))
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: stored}[options.dtype]
         model = llama.load(options.model, dtype)
         if options.to == "hf":
