@@ -293,7 +293,7 @@ def trained_tensors(model: nn.Module, world: World) -> Iterator[tuple[str, Tenso
         yield from pairs(model, "", False)
         return
     for name, module in model.named_modules():
-        if isinstance(module, FSDP) and any(p.requires_grad for p in module.parameters()):
+        if isinstance(module, FSDP) and any(p.requires_grad for p in module.params):  # its own: not those of units within
             with FSDP.summon_full_params(module, recurse=False, writeback=False):
                 yield from pairs(module, f"{name}." if name else "", True)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +94,8 @@ class Run:
         self.ranking = rank_layers(placed, inputs.data, plan, self.world, partial, sharded)
         self.tell(f"{partial.select}, from {partial.probe_batches} batches of {plan.global_batch} samples:")
         self.tell(show_ranking(self.ranking))
+        del model, placed
+        gc.collect()  # a sharded model refers to itself, and the one to be trained is built next
 
     def wrap(self) -> None:
         """Shard, build the optimizer, resume; from here on the model belongs to all processes together."""
@@ -149,28 +154,40 @@ class Run:
         return digest
 
     def _open_output(self) -> None:
-        """Create the run's directory, and rehearse what the user keeps before work is put into it."""
-        with self.world.together():
-            try:
-                self.output.mkdir(parents=True, exist_ok=True)
-                self.metrics = Metrics(self.output / "metrics.jsonl", self.world.rank == 0, self.first_step)
-                if self.world.rank == 0:
-                    text = write_toml(self.config, "torchrun -m fsdp_train.main --config config.toml")
-                    write_whole(self.output / "config.toml", text)
-                    for path in drop_later(self.output / "checkpoints", self.first_step):
-                        self.tell(f"removed {path}: it is beyond step {self.first_step}, where this run starts")
-                    if self.ranking:
-                        save_ranking(self.ranking, self.output)
-                    room = room_for(
-                        self.config.checkpoint, self.output / "checkpoints", self.trainable, self.inputs.total_steps
-                    )
-                    self.artefact.check_room(room)
-            except OSError as error:
-                raise InputError(f"--train.output_dir {self.output} cannot be written: {error.strerror}") from None
+        """Rehearse what the user keeps, and only then put this run in the place of what its directory may hold."""
+        saved, steps = self.output / "checkpoints", self.inputs.total_steps
+        with self._writing():
+            self.output.mkdir(parents=True, exist_ok=True)
+            if self.world.rank == 0:
+                self.artefact.check_room(room_for(self.config.checkpoint, saved, self.trainable, steps))
         if self.first_step == 0:
-            seconds = self.artefact.rehearse(self.model_wrapped)
+            with self._writing():
+                seconds = self.artefact.rehearse(self.model_wrapped)
             if seconds > 5:
                 self.tell(f"rehearsed saving: {self.artefact.expected_bytes / 1e9:.2f} GB in {seconds:.0f} s")
+        with self._writing():
+            self.metrics = Metrics(self.output / "metrics.jsonl", self.world.rank == 0, self.first_step)
+            if self.world.rank == 0:
+                text = write_toml(self.config, "torchrun -m fsdp_train.main --config config.toml")
+                write_whole(self.output / "config.toml", text)
+                for path in drop_later(saved, self.first_step):
+                    self.tell(f"removed {path}: it is beyond step {self.first_step}, where this run starts")
+                if self.ranking:
+                    save_ranking(self.ranking, self.output)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """An error on any process is raised on all; a directory that was made for nothing is removed."""
+        try:
+            with self.world.together():
+                try:
+                    yield
+                except OSError as error:
+                    raise InputError(f"--train.output_dir {self.output} cannot be written: {error.strerror}") from None
+        except InputError:
+            if self.world.rank == 0 and self.output.is_dir() and not any(self.output.iterdir()):
+                self.output.rmdir()
+            raise
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint and the run that continues it must have in common."""

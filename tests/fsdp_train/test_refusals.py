@@ -226,7 +226,7 @@ PATHS: dict[str, dict[str, tuple[Callable[[Place], object], str]]] = {
 FLAGS: list[tuple[list[str], str]] = [
     (["--train.max_stpes=5"], "unknown argument '--train.max_stpes=5' - did you mean '--train.max_steps'?"),
     (["alpaca.json"], "unknown argument 'alpaca.json'"),
-    (["--finetune.method=loar"], "--finetune.method loar: expected lora or llama_adapter or prefix or full or partial or head - did you"),
+    (["--finetune.method=loar"], "--finetune.method loar: expected lora or llama_adapter or prefix or full or partial or"),
     (["--checkpoint.resume=atuo"], "--checkpoint.resume atuo: not a checkpoint (no state.json); expected auto, none or"),
     (["--data.format=completion"], "alpaca.json[0]: no 'prompt' (format completion); found instruction, output"),
     (["--data.max_length=20"], "20 were cut at 20 tokens, before their response began"),
