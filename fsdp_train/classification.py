@@ -1,8 +1,8 @@
 """Texts with labels: which labels there are, samples and batches of them, and how well a classifier does.
 
 A record is `{"text": ..., "label": ...}`. The label's kind decides the problem, as in Hugging Face: text, whole numbers, true
-or false are one class each; a list of texts is any number of classes; a number with a fraction, or any number when there is to
-be one label only, is a regression's target.
+or false are one class each; a list of texts is any number of classes; numbers of which one has a fraction, or any when there is
+to be one label only, are a regression's targets.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ class LabelSpace:
         """A record's target: (1,) label id; (K,) zeros and ones; (1,) number.
 
         Raises:
-            InputError: a label of another kind than the first one, or none of the names (with the nearest).
+            InputError: a label for another kind of problem, or none of the names (with the nearest).
         """
         label, where = record.fields["label"], record.where
-        if (kind := _problem(record, len(self.names))) != self.problem_type:
-            raise InputError(f"{where}: label {label!r} is for {kind}, but the first is for {self.problem_type}")
+        if (kind := _problem(label, self.problem_type == REGRESSION)) != self.problem_type:
+            raise InputError(f"{where}: label {label!r} is for {kind}; expected one for {self.problem_type}")
+        if type(label) is int and kind == SINGLE and self.names[0] == "LABEL_0":  # HF's names for labels without any
+            label = f"LABEL_{label}"
         if kind == REGRESSION:
             return self._number(label, where)
         ids = []
@@ -74,12 +76,15 @@ def _names(label: Any) -> list[str]:
     return [label if isinstance(label, str) else str(label).lower()]
 
 
-def _problem(record: Record, labels: int | None) -> str:
-    label = record.fields["label"]
+def _is_number(label: Any) -> bool:
+    return isinstance(label, int | float) and not isinstance(label, bool)
+
+
+def _problem(label: Any, numbers_are_targets: bool) -> str:
+    """What a label is for. A whole number is a class, unless numbers are to be a regression's targets; a fraction never is."""
     if isinstance(label, list):
         return MULTI
-    is_number = isinstance(label, int | float) and not isinstance(label, bool)
-    return REGRESSION if isinstance(label, float) or (is_number and labels == 1) else SINGLE
+    return REGRESSION if isinstance(label, float) or (_is_number(label) and numbers_are_targets) else SINGLE
 
 
 def labels_of(records: Sequence[Record], number: int | None) -> LabelSpace:
@@ -88,7 +93,9 @@ def labels_of(records: Sequence[Record], number: int | None) -> LabelSpace:
     Raises:
         InputError: another number of labels than `number`, or fewer than two.
     """
-    problem = _problem(records[0], number)
+    labels = [record.fields["label"] for record in records]
+    fractions = all(map(_is_number, labels)) and any(isinstance(label, float) for label in labels)
+    problem = _problem(labels[0], number == 1 or fractions)
     if problem == REGRESSION:
         if number not in (None, 1):
             label, where = records[0].fields["label"], records[0].where
@@ -96,9 +103,9 @@ def labels_of(records: Sequence[Record], number: int | None) -> LabelSpace:
                 f"--finetune.head.num_labels {number}, but {where} has the label {label!r} of a regression; expected 1"
             )
         return LabelSpace(("LABEL_0",), REGRESSION)
-    if number is not None and all(type(record.fields["label"]) is int for record in records):
+    if number is not None and all(type(label) is int for label in labels):
         return LabelSpace(tuple(map(str, range(number))), problem)
-    found = {name for record in records for name in _names(record.fields["label"])}
+    found = {name for label in labels for name in _names(label)}
     names = tuple(sorted(found, key=lambda name: (int(name) if name.isdecimal() else -1, name)))
     if number not in (None, len(names)):
         raise InputError(

@@ -47,7 +47,8 @@ class LlamaConfig:
                 raise InputError(f"{field.name} is {value!r}; expected a positive finite number")
             if field.type == "bool" and type(value) is not bool:
                 raise InputError(f"{field.name} is {value!r}; expected true or false")
-        if not isinstance(self.id2label, tuple) or len(set(self.id2label)) < len(self.id2label):
+        texts = isinstance(self.id2label, tuple) and all(isinstance(name, str) for name in self.id2label)
+        if not texts or len(set(self.id2label)) < len(self.id2label):
             raise InputError(f"id2label is {self.id2label!r}; expected names of labels, none of them twice")
         if self.problem_type is None and self.id2label:
             kind = "regression" if len(self.id2label) == 1 else "single_label_classification"

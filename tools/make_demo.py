@@ -8,6 +8,7 @@ Everything follows from seeds. It takes about eight minutes on two cores.
 from __future__ import annotations
 
 import argparse
+import io
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ def build(demo: Path, work: Path, old: Path) -> None:
     for settings in old.glob("*.toml"):
         shutil.copyfile(settings, demo / settings.name)
     write_lines(work / "corpus.jsonl", ({"text": text} for text in texts(seed=1, count=DOCUMENTS)))
-    train_tokenizer(work / "tokenizer")
+    (work / "tokenizer.model").write_bytes(trained_tokenizer())
     flags = {
         **PRETRAINING,
         "model.tokenizer": str(work / "tokenizer.model"),
@@ -79,13 +80,14 @@ def build(demo: Path, work: Path, old: Path) -> None:
     (demo / "NOTICE.md").write_text(NOTICE)
 
 
-def train_tokenizer(prefix: Path) -> None:
+def trained_tokenizer() -> bytes:
     """A sentencepiece model with Llama 2's settings, from statements, questions and the Alpaca template."""
+    model = io.BytesIO()  # written to a file, it would say where that was
     asked = [record["instruction"] for record in questions(held_out=False)]
     sentences = [*texts(seed=1, count=20_000), *asked, *[" ".join(NAMES)] * 100, *[alpaca_prompt("")] * 2000]
     SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
-        model_prefix=str(prefix),
+        model_writer=model,
         model_type="bpe",
         vocab_size=PRESETS["demo"].vocab_size,
         byte_fallback=True,
@@ -96,6 +98,7 @@ def train_tokenizer(prefix: Path) -> None:
         hard_vocab_limit=False,
         minloglevel=2,
     )
+    return model.getvalue()
 
 
 if __name__ == "__main__":
