@@ -293,7 +293,9 @@ def trained_tensors(model: nn.Module, world: World) -> Iterator[tuple[str, Tenso
         yield from pairs(model, "", False)
         return
     for name, module in model.named_modules():
-        if isinstance(module, FSDP) and any(p.requires_grad for p in module.params):  # its own: not those of units within
+        # A unit's own parameters, not those of units within it. The root comes first in any case: a unit that is gathered
+        # before it would take itself for the root.
+        if isinstance(module, FSDP) and (module is model or any(p.requires_grad for p in module.params)):
             with FSDP.summon_full_params(module, recurse=False, writeback=False):
                 yield from pairs(module, f"{name}." if name else "", True)
 
