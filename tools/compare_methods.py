@@ -200,7 +200,7 @@ def together(output: Path) -> str:
     for task in (task for task in TASKS if task != "labels"):
         path = output / task / "held_out.jsonl"
         data = load_dataset(str(path), "alpaca", tokenizer, model.config.vocab_size, 512)
-        for method in ADAPTERS:
+        for method in (method for method in ADAPTERS if method in TASKS[task]):
             load_adapter(model, output / task / method / "adapter", f"{task}-{method}")
             asked[f"{task}-{method}"] = data.samples[:8]
     longest = max(len(s.ids) - s.prompt for samples in asked.values() for s in samples)
