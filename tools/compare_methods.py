@@ -265,7 +265,7 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
             at = [methods.index(row.method) + 0.27 * (1 - index) for row in shown]
             axis.barh(at, [value(row) for row in shown], 0.25, label=task)
     axes[0].set_yticks(range(len(methods)), methods)
-    axes[0].legend(loc="lower left")
+    axes[1].legend(loc="center right")
     axes[2].set_xscale("log")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
