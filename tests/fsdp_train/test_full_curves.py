@@ -15,25 +15,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, get_cosine_schedule_with_warmup
 
 import llama
-from fsdp_train.config import parse_config
-from fsdp_train.main import complete, main
-from fsdp_train.parallel import ParallelConfig, process_group
-from fsdp_train.run import Run
+from fsdp_train.main import main
 from llama import replace_head
 from tests.fsdp_train.conftest import alpaca_records
-from tests.fsdp_train.test_curves import CURVE, GLOBAL_BATCH, STEPS, hf_curve, tokens_file
+from tests.fsdp_train.test_curves import CURVE, GLOBAL_BATCH, STEPS, hf_curve, run_all, tokens_file
 from tests.launch import spawn
 from tests.oracle import DATA, SHAPES, STORIES, hf_model, largest, needs_data, randomise
 
 LR = 1e-4  # as in the demo: Adam divides by the size of a gradient, and so multiplies the noise of tiny ones by the rate
 LOGITS = 1e-5  # fp32; other kernels
-
-
-def run_all(rank: int, runs: list[list[str]]) -> None:
-    """Several runs of the program in one group of processes."""
-    with process_group(ParallelConfig()) as world:
-        for flags in runs:
-            complete(Run(parse_config(flags), world))
 
 
 def losses(out: Path) -> list[float]:
