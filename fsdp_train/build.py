@@ -208,7 +208,8 @@ def adapter_config(finetune: FinetuneConfig) -> Any:
     """The method's settings; a classification head trains beside the adapter, as in PEFT."""
     config = getattr(finetune, finetune.method)
     if finetune.head.kind == "classification":
-        config = dataclasses.replace(config, modules_to_save=(*config.modules_to_save, "score"))
+        saved = dict.fromkeys((*config.modules_to_save, "score"))  # the user may have named it, too
+        config = dataclasses.replace(config, modules_to_save=tuple(saved))
     return config
 
 

@@ -83,7 +83,7 @@ def wanted(base: LlamaConfig, head: HeadConfig, space: LabelSpace | None, own_he
         )
     if base.id2label and head.hidden and not base.head_hidden:
         raise InputError("--finetune.head.hidden: the base is a classifier, whose head cannot be given further layers")
-    untied = own_head and base.tie_word_embeddings and head.kind == "lm"
+    untied = own_head and base.ties_head and head.kind == "lm"
     new_layers = bool(head.hidden) and not base.head_hidden
     if not untied and not new_layers and (space is None or base.id2label):
         return base

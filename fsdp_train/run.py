@@ -113,9 +113,7 @@ class Run:
         self.features = self._train_on_features() if self.config.finetune.caches_features else ""
         self.model_wrapped, self.optimizer = wrap_model(self.model, self.config.parallel, self.config.optim, self.world)
         self.checksum = frozen_checksum(self.model_wrapped, self.world)
-        self.unfreezing = Unfreezing(
-            self.model_wrapped, self.config.finetune.partial.unfreeze_every, inputs.target.tie_word_embeddings
-        )
+        self.unfreezing = Unfreezing(self.model_wrapped, self.config.finetune.partial.unfreeze_every, inputs.target.ties_head)
         self.first_step = self._resume()
         self._open_output()
         threads = f", {torch.get_num_threads()} threads" if self.world.device.type == "cpu" else ""

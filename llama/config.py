@@ -72,6 +72,11 @@ class LlamaConfig:
             )
 
     @property
+    def ties_head(self) -> bool:
+        """Whether head and embedding are one weight. A classifier's head never shares it, whatever its file says."""
+        return self.tie_word_embeddings and not self.id2label
+
+    @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 

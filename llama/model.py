@@ -192,7 +192,7 @@ class Llama(nn.Module):
 
     def tie_weights(self) -> None:
         """Let the language model's head share the embedding's weight, if the configuration says so."""
-        if self.config.tie_word_embeddings and not self.config.id2label:
+        if self.config.ties_head:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(

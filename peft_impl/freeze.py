@@ -54,7 +54,7 @@ def select_parameters(model: Llama, patterns: Sequence[str]) -> list[str]:
 
 def _matching(model: Llama, names: Sequence[str], pattern: str) -> list[str]:
     config = model.config
-    if pattern == "lm_head" and config.tie_word_embeddings and not config.id2label:
+    if pattern == "lm_head" and config.ties_head:
         raise InputError(
             "'lm_head' shares the embedding's weight in this model (tie_word_embeddings); 'embeddings' trains both"
         )

@@ -51,7 +51,7 @@ def merge(model: Llama, name: str = "default") -> MergeReport:
     if not isinstance(state.configs[name], LoraConfig):
         kind = type(state.configs[name]).__name__.removesuffix("Config")
         raise InputError(f"adapter {name!r} is no LoRA but a {kind}, which no change of the base's weights can replace")
-    tied = {"lm_head", "model.embed_tokens"} if model.config.tie_word_embeddings else set()
+    tied = {"lm_head", "model.embed_tokens"} if model.config.ties_head else set()
     modules, max_error, lost, wanted = 0, 0.0, 0.0, 0.0
     replaced: list[tuple[Tensor, Tensor]] = []
     for path, module in model.named_modules():

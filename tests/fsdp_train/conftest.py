@@ -55,9 +55,13 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model_dir(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with grouped-query attention as a Hugging Face directory, with the tokenizer beside it."""
-    model = llama.Llama(dataclasses.replace(SHAPES["gqa"], vocab_size=VOCAB, max_position_embeddings=CONTEXT))
+    return saved_model("gqa", tokenizer_dir, tmp_path_factory.mktemp("model") / "tiny")
+
+
+def saved_model(shape: str, tokenizer_dir: Path, path: Path) -> Path:
+    """A random Llama of this shape with the tokenizer's vocabulary."""
+    model = llama.Llama(dataclasses.replace(SHAPES[shape], vocab_size=VOCAB, max_position_embeddings=CONTEXT))
     randomise(model)
-    path = tmp_path_factory.mktemp("model") / "tiny"
     llama.save(model, path, tokenizer_from=tokenizer_dir)
     return path
 

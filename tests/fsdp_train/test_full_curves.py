@@ -18,26 +18,12 @@ import llama
 from fsdp_train.main import main
 from llama import replace_head
 from tests.fsdp_train.conftest import alpaca_records
-from tests.fsdp_train.test_curves import CURVE, GLOBAL_BATCH, STEPS, hf_curve, run_all, tokens_file
+from tests.fsdp_train.curves import CURVE, GLOBAL_BATCH, STEPS, flags_of, hf_curve, losses, run_all, tokens_file
 from tests.launch import spawn
 from tests.oracle import DATA, SHAPES, STORIES, hf_model, largest, needs_data, randomise
 
 LR = 1e-4  # as in the demo: Adam divides by the size of a gradient, and so multiplies the noise of tiny ones by the rate
 LOGITS = 1e-5  # fp32; other kernels
-
-
-def losses(out: Path) -> list[float]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
-
-
-def flags_of(out: Path, processes: int, *more: object) -> list[str]:
-    common = [
-        *("--data.shuffle", "false", "--optim.lr", LR, "--optim.weight_decay", 0.01, "--train.max_steps", STEPS),
-        *("--train.batch_size", 4 // processes, "--train.grad_accum", 2, "--parallel.precision", "fp32"),
-        *("--train.output_dir", out, "--log.every", 1, "--train.samples", 0, "--checkpoint.every", 0),
-    ]
-    return [str(word) for word in (*common, *more)]
 
 
 def opened(path: Path, kind: Any) -> nn.Module:
@@ -63,7 +49,7 @@ def test_full_and_partial_fine_tuning_equal_transformers(base: str, tmp_path: Pa
     methods = {"full": ("--finetune.method", "full"), "partial": partial}
 
     def flags(method: str, processes: int) -> list[str]:
-        return flags_of(tmp_path / f"{method}{processes}", processes, *source, *methods[method])
+        return flags_of(tmp_path / f"{method}{processes}", processes, LR, *source, *methods[method])
 
     for method in methods:
         main(flags(method, 1))
@@ -154,7 +140,7 @@ def test_classifiers_equal_transformers(real: bool, model_dir: Path, tmp_path: P
     def flags(method: str, n: int) -> list[str]:
         places = {"START": str(tmp_path / "adapter"), "FEATURES": str(tmp_path / f"features{n}")}
         return flags_of(
-            tmp_path / f"{method}{n}", n, "--model.path", path, "--data.path", tmp_path / "data.jsonl",
+            tmp_path / f"{method}{n}", n, LR, "--model.path", path, "--data.path", tmp_path / "data.jsonl",
             "--finetune.method", method, "--finetune.head.kind", "classification",
             *(places.get(word, word) for word in METHODS[method]),
         )  # fmt: skip

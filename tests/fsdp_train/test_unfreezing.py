@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,15 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import llama
 from fsdp_train.checkpoint import checkpoints
 from fsdp_train.main import main
 from fsdp_train.partial import Unfreezing
 from peft_impl import select_parameters, train_only
 from tests.fsdp_train.common import build
-from tests.fsdp_train.conftest import CONTEXT, VOCAB
+from tests.fsdp_train.conftest import saved_model
 from tests.launch import torchrun
-from tests.oracle import SHAPES, randomise
 
 LOSS = 1e-5  # fp32: other orders of summation
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -132,11 +129,7 @@ def check_resumed(whole: Path, out: Path, base: Path, shape: str) -> None:
 @pytest.fixture(scope="module")
 def tied_dir(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `model_dir`, head and embedding sharing a weight."""
-    model = llama.Llama(dataclasses.replace(SHAPES["tied"], vocab_size=VOCAB, max_position_embeddings=CONTEXT))
-    randomise(model)
-    path = tmp_path_factory.mktemp("tied") / "model"
-    llama.save(model, path, tokenizer_from=tokenizer_dir)
-    return path
+    return saved_model("tied", tokenizer_dir, tmp_path_factory.mktemp("tied") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -474,3 +474,13 @@ def test_hf_has_no_name_for_what_only_we_have(tmp_path: Path) -> None:
     assert not {"head_hidden", "id2label", "problem_type"} & json.loads((tmp_path / "saved" / "config.json").read_text()).keys()
     assert config_from_hf({"model_type": "llama", "rms_norm_eps": 1e-5}, "x").id2label == LlamaConfig().id2label == ()
     hf_model(tmp_path / "saved")
+
+
+def test_a_classifiers_head_shares_nothing_whatever_its_file_says() -> None:
+    """HF's classifiers keep the base's tie_word_embeddings, which means nothing to them."""
+    config = dataclasses.replace(SHAPES["tied"], id2label=("no", "yes"))
+    assert SHAPES["tied"].ties_head
+    assert not config.ties_head
+    names = [name for name, _ in Llama(config).named_parameters()]
+    assert names[0] == "model.embed_tokens.weight"
+    assert names[-1] == "score.weight"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 import llama
+from fsdp_train.build import FinetuneConfig, adapter_config
+from fsdp_train.heads import HeadConfig
 from llama import InputError, Llama, replace_head
 from peft_impl import (
     LoraConfig,
@@ -146,6 +149,13 @@ def test_rows_with_heads_of_their_own_train_as_each_alone(problem: str, base: Pa
     assert largest(mixed, torch.stack(rows)) < LOGITS
     wanted = F.cross_entropy if single else F.binary_cross_entropy_with_logits
     assert abs(wanted(torch.stack(rows), labels, reduction="sum").item() - loss.item()) < LOGITS
+
+
+def test_the_program_trains_the_head_once_if_the_user_names_it_too() -> None:
+    named = LoraConfig(modules_to_save=("score", "norm"))
+    finetune = FinetuneConfig(lora=named, head=HeadConfig(kind="classification"))
+    assert adapter_config(finetune).modules_to_save == ("score", "norm")
+    assert adapter_config(dataclasses.replace(finetune, lora=LoraConfig())).modules_to_save == ("score",)
 
 
 def test_what_does_not_fit_is_refused(base: Path, tmp_path: Path) -> None:
