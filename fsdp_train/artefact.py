@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import llama
 from fsdp_train.config import RunConfig
-from fsdp_train.parallel import World, full_trainable_state, trained_tensors
+from fsdp_train.parallel import full_trainable_state, trained_tensors
+from fsdp_train.world import World
 from llama import Llama, LlamaConfig, Tokenizer
 from llama.errors import InputError
 from llama.weight_files import Weights

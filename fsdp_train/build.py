@@ -15,14 +15,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-import llama
 from fsdp_train.heads import HeadConfig, new_parameters
-from fsdp_train.optim import OptimConfig, build_optimizer
-from fsdp_train.parallel import ParallelConfig, World, checkpoint_activations, chosen_strategy, compute_dtype, shard
+from fsdp_train.optim import OptimConfig, Optimizer, build_optimizer
+from fsdp_train.parallel import Fill, place_model
 from fsdp_train.partial import PartialConfig
 from fsdp_train.settings import option
+from fsdp_train.strategy import ParallelConfig
+from fsdp_train.world import World
 from llama import PRESETS, Llama, LlamaConfig, Tokenizer, replace_head
 from llama.errors import InputError, nearest
+from llama.io import filler, on_meta
+from llama.weight_files import open_weights
 from peft_impl import (
     LlamaAdapterConfig,
     LoraConfig,
@@ -33,6 +36,7 @@ from peft_impl import (
     train_only,
 )
 from peft_impl.freeze import layer_of
+from peft_impl.peft_files import read_adapter
 
 ADAPTER_METHODS = ("lora", "llama_adapter", "prefix")
 
@@ -164,8 +168,11 @@ def build_model(
     seed: int,
     dtype: torch.dtype,
     masters: torch.dtype = torch.float32,
-) -> Llama:
-    """The base with its head and its adapter, unsharded, on the CPU.
+) -> tuple[Llama, Fill]:
+    """The base with its head and its adapter, its own weights still on the meta device; and what reads them.
+
+    An adapter and a new head are there already, on the CPU, the same on every process. What starts from the base's values
+    (DoRA), or has random ones, is there as a whole.
 
     Args:
         target: the base's configuration with the head that is wanted.
@@ -176,27 +183,31 @@ def build_model(
         InputError: anything wrong with the files or the adapter's settings.
     """
     frozen = frozen_dtype(model_config, dtype)
-    embedding = "model.embed_tokens.weight"
-
-    def stored(name: str) -> torch.dtype:
-        return masters if name in trained or (name == embedding and "lm_head.weight" in trained) else frozen
-
-    if model_config.preset:
+    weights = None if model_config.preset else open_weights(model_config.path)
+    if weights is None:
         torch.manual_seed(seed)  # the same weights on every process
         model = Llama(PRESETS[model_config.preset])
     else:
-        model = llama.load(model_config.path, stored)
+        model = on_meta(weights)
     if model.config != target:
         replace_head(model, target.id2label, target.problem_type, target.head_hidden, seed)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(masters if name in trained else frozen)
     train_only(model, trained)
     model.model.compute_dtype = dtype
+    if weights is not None and _starts_from_values(finetune):
+        filler(model, weights)(model)
     if finetune.from_adapter:
         load_adapter(model, finetune.from_adapter, trainable=True)
     elif finetune.method in ADAPTER_METHODS:
         add_adapter(model, adapter_config(finetune), seed=seed)
-    return model
+    return model, filler(model, weights) if weights is not None else lambda module: None
+
+
+def _starts_from_values(finetune: FinetuneConfig) -> bool:
+    """Whether the adapter needs the base's values before it is spread: DoRA's magnitudes are its rows' norms."""
+    config = read_adapter(finetune.from_adapter)[0] if finetune.from_adapter else getattr(finetune, finetune.method, None)
+    return getattr(config, "use_dora", False)
 
 
 def frozen_dtype(config: ModelConfig, dtype: torch.dtype) -> torch.dtype:
@@ -213,24 +224,9 @@ def adapter_config(finetune: FinetuneConfig) -> Any:
     return config
 
 
-def place_model(model: nn.Module, parallel: ParallelConfig, world: World) -> nn.Module:
-    """Sharded (or not), checkpointed (or not), on the device.
-
-    Raises:
-        InputError: a unit would mix trainable and frozen parameters.
-    """
-    if chosen_strategy(parallel, world) == "fsdp":
-        model = shard(model, world, compute_dtype(parallel, world.device))
-    else:
-        model = model.to(world.device)
-    if parallel.activation_checkpointing == "full":
-        checkpoint_activations(model)
-    return model
-
-
 def wrap_model(
-    model: nn.Module, parallel: ParallelConfig, optim: OptimConfig, world: World
-) -> tuple[nn.Module, torch.optim.AdamW]:
+    model: nn.Module, parallel: ParallelConfig, optim: OptimConfig, world: World, fill: Fill = lambda module: None
+) -> tuple[nn.Module, Optimizer]:
     """`place_model`, and then its optimizer."""
-    placed = place_model(model, parallel, world)
-    return placed, build_optimizer(placed, optim)
+    placed = place_model(model, parallel, world, fill)
+    return placed, build_optimizer(placed, optim, parallel.optimizer_in_backward)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from fsdp_train.data import Batch, Dataset, Plan, Sample
 from fsdp_train.formats import Record, read_records
-from fsdp_train.parallel import World
 from fsdp_train.templates import encode_prompt
 from fsdp_train.train import NonFiniteError
+from fsdp_train.world import World
 from llama import Tokenizer
 from llama.errors import InputError, listing, nearest
 from llama.heads import classification_loss

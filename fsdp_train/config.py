@@ -11,8 +11,8 @@ from fsdp_train.checkpoint import CheckpointConfig
 from fsdp_train.data import DataConfig
 from fsdp_train.log import LogConfig
 from fsdp_train.optim import OptimConfig
-from fsdp_train.parallel import ParallelConfig
 from fsdp_train.settings import build, parse_flags, read_toml
+from fsdp_train.strategy import ParallelConfig
 from fsdp_train.train import TrainConfig
 from llama.errors import InputError
 
@@ -42,6 +42,24 @@ class RunConfig:
                 raise InputError("--train.exact_match counts generated answers, which a classifier does not give")
             if self.data.format not in ("auto", "classification"):
                 raise InputError(f"--data.format {self.data.format} has no labels, which a classification head learns")
+        if self.parallel.optimizer_in_backward:
+            needs = {
+                f"--finetune.method full, not {self.finetune.method}": self.finetune.method == "full",
+                "--optim.grad_clip 0": not self.optim.grad_clip,
+                "--train.grad_accum 1": self.train.grad_accum == 1,
+            }
+            if missing := [need for need, met in needs.items() if not met]:
+                raise InputError(
+                    f"--parallel.optimizer_in_backward needs {' and '.join(missing)}: it updates a parameter as soon as it has"
+                    " a gradient, and never sees all of them"
+                )
+        if self.parallel.no_sync and self.train.grad_accum == 1:
+            raise InputError("--parallel.no_sync changes nothing with --train.grad_accum 1")
+        if self.finetune.partial.unfreeze_every and self.parallel.strategy in ("ddp", "fsdp2"):
+            raise InputError(
+                f"--finetune.partial.unfreeze_every goes with --parallel.strategy none, fsdp or hsdp, not with"
+                f" {self.parallel.strategy}, which settles once what trains"
+            )
         for name in ("exact_match", "eval_every"):
             if getattr(self.train, name) and not (self.data.eval_path or self.data.eval_fraction):
                 raise InputError(f"--train.{name} needs held-out data: --data.eval_path or --data.eval_fraction")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fsdp_train.classification import ClassificationDataset
 from fsdp_train.data import Batch
-from fsdp_train.parallel import World
+from fsdp_train.world import World
 from llama.errors import InputError
 from llama.heads import ClassificationHead
 from llama.model import LlamaModel

@@ -10,7 +10,7 @@ from fsdp_train.classification import ClassificationDataset, LabelSpace, load_cl
 from fsdp_train.config import RunConfig
 from fsdp_train.data import Dataset, Plan, load_dataset
 from fsdp_train.heads import known_labels, labels_of_adapter, wanted
-from fsdp_train.parallel import World
+from fsdp_train.world import World
 from llama import PRESETS, LlamaConfig, Tokenizer
 from llama.errors import InputError
 from llama.weight_files import Weights, open_weights

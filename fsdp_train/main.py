@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 
 from fsdp_train.config import RunConfig, parse_config
-from fsdp_train.parallel import process_group
 from fsdp_train.run import Run
 from fsdp_train.settings import fail
-from fsdp_train.train import NonFiniteError
+from fsdp_train.train import NonFiniteError, Stopped
+from fsdp_train.world import PeerError, process_group
 from llama.errors import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, run, and turn an error that the user can mend into one line and a non-zero exit code."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of DCP, where there is one process
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         config = parse_config(sys.argv[1:] if arguments is None else arguments)
@@ -32,8 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(error)
     except NonFiniteError as error:
         fail(error, 3)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command, with its --train.output_dir, continues from the newest checkpoint", 130)
+    except (Stopped, KeyboardInterrupt) as error:
+        how = f"{error or 'interrupted'}; the same command, with its --train.output_dir, continues from the newest checkpoint"
+        fail(how, 128 + getattr(error, "signal", 2))
+    except PeerError as error:
+        fail(error, 1)
+    except Exception as error:
+        if getattr(error, "prints", True):
+            traceback.print_exc()
+        error.args = (f"{type(error).__name__}: {error}",)
+        fail(error, 1)
 
 
 def fine_tune(config: RunConfig) -> None:

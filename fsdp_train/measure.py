@@ -10,9 +10,9 @@ from torch import nn
 from fsdp_train.classification import ClassificationDataset, evaluate_classifier
 from fsdp_train.data import Dataset
 from fsdp_train.inputs import Inputs
-from fsdp_train.parallel import World
 from fsdp_train.samples import answerable, answers, exact_match, reference
 from fsdp_train.train import TrainConfig, evaluate
+from fsdp_train.world import World
 
 
 def held_out_metrics(model: nn.Module, held_out: Dataset | None, batch_size: int, world: World) -> dict[str, float]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fsdp_train.settings import option
 from llama.errors import InputError
@@ -42,9 +43,81 @@ def learning_rate(config: OptimConfig, step: int, total: int) -> float:
     return config.lr * (1 - progress if config.schedule == "linear" else 1.0)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimConfig, in_backward: bool = False) -> Optimizer:
     """AdamW over exactly the trainable parameters of the (already wrapped) model: fp32 masters, fp32 state, one kernel."""
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained, "nothing trains"
     assert all(p.dtype == torch.float32 for p in trained), "trained parameters are fp32 masters"
+    if in_backward:
+        return InBackward(model, config)
     return torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+class InBackward:
+    """AdamW that updates each parameter as soon as its gradient is complete, and then frees that: the gradients of all weights
+    never exist at once. Looks like one optimizer from outside; `step` has nothing left to do.
+
+    Nothing can look at all gradients before the first update: no clipping, no accumulation, and a gradient that is not finite
+    is seen too late (the loss is looked at before).
+    """
+
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        self.state: defaultdict[Tensor, Any] = defaultdict(dict)
+        self._of: dict[nn.Parameter, torch.optim.AdamW] = {}
+        self.squares = torch.zeros(())  # of this process's parts of the step's gradients
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                optimizer = torch.optim.AdamW([parameter], lr=config.lr, weight_decay=config.weight_decay, fused=True)
+                optimizer.state = self.state
+                self._of[parameter] = optimizer
+                parameter.register_post_accumulate_grad_hook(self._update)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self._of.values() for group in optimizer.param_groups]
+
+    def _update(self, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        mine = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
+        self.squares = self.squares.to(mine.device) + mine.pow(2).sum()
+        self._of[parameter].step()
+        parameter.grad = None
+
+    def step(self) -> None:
+        self.squares = torch.zeros_like(self.squares)
+
+    def zero_grad(self) -> None:
+        """There are none."""
+
+
+class LossScaler:
+    """The factor by which fp16's loss is multiplied, so that small gradients do not vanish (Micikevicius et al. 2018, arXiv
+    1710.03740), by the rule of `torch.amp.GradScaler`: halved when a gradient overflows, doubled after 2,000 good steps.
+
+    Powers of two, so multiplying and dividing is exact. Whether a gradient overflowed is read off the norm over all processes,
+    so all agree. Without fp16 it is one and stays so.
+    """
+
+    INTERVAL = 2000
+
+    def __init__(self, on: bool) -> None:
+        self.on, self.scale, self._good = on, 2.0**16 if on else 1.0, 0
+
+    def update(self, finite: bool) -> None:
+        """After each step."""
+        if self.on:
+            self._good = self._good + 1 if finite else 0
+            if not finite:
+                self.scale /= 2
+            elif self._good == self.INTERVAL:
+                self.scale, self._good = self.scale * 2, 0
+
+    def state(self) -> list[float]:
+        return [self.scale, self._good]
+
+    def load(self, state: list[float]) -> None:
+        if self.on:
+            self.scale, self._good = float(state[0]), int(state[1])
+
+
+Optimizer = torch.optim.AdamW | InBackward

@@ -1,239 +1,140 @@
-"""Everything that knows of several processes: the process group, what is sharded, precision, checkpointing, gathering.
+"""How a model is spread over processes, and how it is gathered again. The only file that imports FSDP.
 
-The only file that imports FSDP. Facts that shaped it (torch 2.11 to 2.13): on CPU FSDP wants `device_id=cpu`; one flat
-parameter per unit has one `requires_grad`, hence a unit per adapter leaf; clipping and full tensors must go through FSDP.
+Facts that shaped it (torch 2.11 to 2.13): on CPU FSDP wants `device_id=cpu`; one flat parameter per unit has one
+`requires_grad`, hence a unit per adapter leaf; clipping and full tensors must go through FSDP; HYBRID_SHARD with one process
+per replica does not average over replicas; `fully_shard` that keeps parameters leaves them gathered after a forward pass.
 """
 
 from __future__ import annotations
 
-import datetime
-import functools
-import gc
-import os
-import socket
-import traceback
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    CheckpointImpl,
-    apply_activation_checkpointing,
-    checkpoint_wrapper,
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    BackwardPrefetch,
+    CPUOffload,
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    ShardingStrategy,
+    fully_shard,
 )
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from fsdp_train.settings import option
+from fsdp_train.recompute import checkpoint_activations, wrappers
+from fsdp_train.strategy import ParallelConfig, Precision, chosen_strategy, precision_of, replicas_and_shards
+from fsdp_train.units import sharding_units
+from fsdp_train.world import World
 from llama.errors import InputError
 from llama.model import DecoderLayer
 from peft_impl import count_parameters
 from peft_impl.adapters import AdapterLeaf
 
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How the work is spread, and in which precision."""
-
-    strategy: Literal["auto", "none", "fsdp"] = option("auto", "auto: none for one process, fsdp for several")
-    precision: Literal["auto", "fp32", "bf16"] = option("auto", "of the computation; auto: bf16 where the hardware has it")
-    activation_checkpointing: Literal["none", "full"] = option("none", "full: recompute each decoder layer in backward")
-    timeout: int = option(1800, "seconds after which a process that waits for the others gives up")
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.timeout < 2**31:
-            raise InputError(f"--parallel.timeout {self.timeout}: expected at least 1 second, and less than 68 years")
+Fill = Callable[[nn.Module], None]  # gives a module's meta parameters their values
 
 
-# --- processes ----------------------------------------------------------------------------------------------------------
+def place_model(model: nn.Module, config: ParallelConfig, world: World, fill: Fill = lambda module: None) -> nn.Module:
+    """The model on its device, spread as the settings say, its decoder layers recomputed in backward if they say so.
 
-
-@dataclass(frozen=True)
-class World:
-    """This process among all of them. With one process every collective is the identity."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    device: torch.device
-
-    def sum(self, *values: float | Tensor) -> list[float]:
-        """Each value summed over all processes, in float64."""
-        total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
-        if self.size > 1:
-            dist.all_reduce(total)
-        return total.tolist()
-
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
-    def add(self, values: Tensor) -> None:
-        """Replace a tensor by its sum over all processes."""
-        if self.size > 1:
-            dist.all_reduce(values)
-
-    def barrier(self) -> None:
-        self.sum(0.0)
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """An InputError inside, on any process, is raised on all of them: they end together, with one message."""
-        error = None
-        try:
-            yield
-        except InputError as found:
-            error = str(found)
-        first = next((e for e in self.gather(error) if e is not None), None)
-        if first is not None:
-            raise InputError(first)
-
-    def table(self) -> str:
-        """Ranks, hosts and devices, one line each."""
-        rows = self.gather((socket.gethostname(), os.getpid(), str(self.device)))
-        return "\n".join(f"  rank {rank}: {host} pid {pid} {device}" for rank, (host, pid, device) in enumerate(rows))
-
-
-@contextmanager
-def process_group(config: ParallelConfig) -> Iterator[World]:
-    """Join the processes that `torchrun` started, on the GPU if there is one; a single process needs no group, unless for FSDP.
+    Args:
+        fill: called on each unit just before it is spread, so that no more than one unit is whole at a time.
 
     Raises:
-        InputError: a strategy that cannot work with this number of processes, or more processes than GPUs.
+        InputError: a unit would mix trainable and frozen parameters, or replicas that do not divide the processes.
     """
-    env = os.environ
-    rank, size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    local_rank, local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
-    if config.strategy == "none" and size > 1:
-        raise InputError(
-            f"--parallel.strategy none with {size} processes would train {size} models apart; use fsdp, or start one process"
-        )
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(
-                f"{local_size} processes on this host, but {torch.cuda.device_count()} GPUs; lower --nproc_per_node"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        # torchrun sets one thread per process; share the cores of this host between its processes instead.
-        torch.set_num_threads(max(1, _cores() // local_size))
-    world = World(rank, size, local_rank, local_size, device)
-    if chosen_strategy(config, world) == "none":
-        yield world
-        return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = datetime.timedelta(seconds=config.timeout)
-    if "WORLD_SIZE" in env:
-        dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
-    else:  # python -m fsdp_train.main
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield world
-    except BaseException as error:
-        traceback.clear_frames(error.__traceback__)
-        raise
-    finally:
-        # Sharded modules refer to the group, in cycles. Only when they are gone does destroying it join gloo's threads, one of
-        # which would otherwise let go of its last tensor while the interpreter ends, and abort the process.
-        gc.collect()
-        dist.destroy_process_group()
+    strategy, precision = chosen_strategy(config, world.size), precision_of(config, world.device)
+    kind = config.activation_checkpointing
+    if strategy in ("fsdp", "hsdp"):
+        model = shard(model, config, world, precision, fill)
+        if kind != "none":
+            checkpoint_activations(model, kind)
+        return model
+    if kind != "none":
+        checkpoint_activations(model, kind)
+    if strategy == "fsdp2":
+        return shard_in_place(model, config, world, precision, fill)
+    fill(model)
+    model = model.to(world.device)
+    if strategy == "ddp" and any(p.requires_grad for p in model.parameters()):
+        return Replicated(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+    return model
 
 
-def chosen_strategy(config: ParallelConfig, world: World) -> str:
-    """What "auto" means for this number of processes."""
-    if config.strategy != "auto":
-        return config.strategy
-    return "none" if world.size == 1 else "fsdp"
+class Replicated(DistributedDataParallel):
+    """A whole model on every process, gradients averaged; the model's own attributes show through, as with FSDP."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
 
 
-def _cores() -> int:
-    """Cores that this process may use (macOS does not restrict them)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# --- FullyShardedDataParallel -------------------------------------------------------------------------------------------
 
 
-def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
-    """The dtype that `--parallel.precision` means on this device."""
-    if config.precision != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
-    fast = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+_SHARDING = {  # within one replica, and with several
+    "full_shard": (ShardingStrategy.FULL_SHARD, ShardingStrategy.HYBRID_SHARD),
+    "shard_grad_op": (ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy._HYBRID_SHARD_ZERO2),
+    "no_shard": (ShardingStrategy.NO_SHARD, ShardingStrategy.NO_SHARD),
+}
+_PREFETCH = {"pre": BackwardPrefetch.BACKWARD_PRE, "post": BackwardPrefetch.BACKWARD_POST, "none": None}
 
 
-# --- what is sharded ----------------------------------------------------------------------------------------------------
+def shard(
+    model: nn.Module, config: ParallelConfig, world: World, precision: Precision, fill: Fill = lambda module: None
+) -> nn.Module:
+    """Wrap in `FullyShardedDataParallel`: parameters, gradients and optimizer state of each unit spread over processes.
 
-
-def sharding_units(model: nn.Module) -> list[nn.Module]:
-    """The modules that are sharded as units of their own; the root has what is left (final norm, head, a tied embedding).
-
-    A unit is each decoder layer, the embedding, and each maximal module whose parameters all train inside a frozen parent (an
-    adapter's leaf, a projection), or are all frozen inside a parent that trains (the norm beside a tied weight): trained and
-    frozen parameters of one unit would share a flat parameter, whose gradient is as large as all of it.
-    `ModuleList` and `ModuleDict` are never units: a unit gathers when its forward runs, and theirs never does. A weight that
-    two modules share stays in the root, which is gathered for both.
-    """
-    owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
-    shared = {p for p, modules in owners.items() if modules > 1}
-    units = []
-
-    def visit(parent: nn.Module, unit_trains: bool) -> None:
-        for child in parent.children():
-            called = not isinstance(child, nn.ModuleList | nn.ModuleDict)
-            required = {p.requires_grad for p in child.parameters()}
-            differs = called and required == {not unit_trains}
-            always = isinstance(child, DecoderLayer | nn.Embedding)
-            is_unit = (always or differs) and shared.isdisjoint(child.parameters())
-            if is_unit:
-                units.append(child)
-            visit(child, required == {True} if is_unit else unit_trains)
-
-    visit(model, any(p.requires_grad for p in shared) or all(p.requires_grad for p in model.parameters()))
-    return units
-
-
-def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
-    """Wrap in `FullyShardedDataParallel`: parameters, gradients and optimizer state of each unit spread over all processes.
-
-    Computes in `dtype`; parameters keep their own dtype in the shards (fp32 masters), gradients are reduced in fp32. An
-    adapter's leaf stays in fp32 when gathered, too, and casts where it computes, as without sharding: it is small, and DoRA's
-    magnitudes, near one, would lose the training to bf16.
+    Computes in the precision's dtype; parameters keep their own dtype in the shards (fp32 masters). An adapter's leaf stays in
+    fp32 when gathered, too, and casts where it computes, as without sharding: it is small, and DoRA's magnitudes, near one,
+    would lose the training to bf16.
 
     Raises:
         InputError: a unit would mix trainable and frozen parameters.
     """
     units = set(sharding_units(model))
+    last = _last_layer(model) if config.keep_last_layer else None
     trainable, _ = count_parameters(model)
+    replicas, shards = replicas_and_shards(config, world.size, world.local_size)
+    hybrid = chosen_strategy(config, world.size) == "hsdp"
+    # Neighbours share a replica, so that it stays on one host where it can.
+    mesh = init_device_mesh(world.device.type, (replicas, shards), mesh_dim_names=("replica", "shard")) if hybrid else None
     # Inputs are left alone: the model computes in the dtype of its embedding, and labels may be numbers.
-    uncast: dict[str, Any] = {"cast_forward_inputs": False, "cast_root_forward_inputs": False}
-    computing = MixedPrecision(param_dtype=dtype, reduce_dtype=torch.float32, buffer_dtype=torch.float32, **uncast)
-    as_stored = MixedPrecision(reduce_dtype=torch.float32, **uncast)
+    kept: dict[str, Any] = {"reduce_dtype": precision.reduce, "buffer_dtype": precision.buffer}
+    kept |= {"cast_forward_inputs": False, "cast_root_forward_inputs": False}
+    as_stored = MixedPrecision(**kept)
 
     def policy(module: nn.Module) -> bool | dict[str, Any]:
         if module in units and isinstance(module, AdapterLeaf):
             return {"mixed_precision": as_stored}
+        if module is last:
+            return {"sharding_strategy": _SHARDING["shard_grad_op"][hybrid]}
         return module in units
 
     try:
         wrapped = FSDP(
             model,
             auto_wrap_policy=CustomPolicy(policy),
-            sharding_strategy=ShardingStrategy.FULL_SHARD,
-            mixed_precision=computing,
+            sharding_strategy=_SHARDING[config.sharding][hybrid],
+            device_mesh=mesh,
+            mixed_precision=MixedPrecision(param_dtype=precision.param, **kept),
+            cpu_offload=CPUOffload(offload_params=True) if config.cpu_offload else None,
+            backward_prefetch=_PREFETCH[config.backward_prefetch],
+            limit_all_gathers=config.limit_all_gathers,
+            param_init_fn=fill,
             device_id=world.device,
             use_orig_params=False,
-            limit_all_gathers=True,
         )
     except ValueError as error:
         if "requires_grad" not in str(error):
@@ -245,26 +146,83 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
     return wrapped
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Recompute each decoder layer in backward instead of storing its activations; call after `shard`.
+def _last_layer(model: nn.Module) -> nn.Module | None:
+    layers = [module for module in model.modules() if isinstance(module, DecoderLayer)]
+    return layers[-1] if layers else None
 
-    Non-reentrant: the reentrant kind needs inputs that require gradients, and a frozen embedding's output does not.
+
+# --- fully_shard --------------------------------------------------------------------------------------------------------
+
+
+def shard_in_place(
+    model: nn.Module, config: ParallelConfig, world: World, precision: Precision, fill: Fill = lambda module: None
+) -> nn.Module:
+    """`fully_shard` on the same units, from the inside out: each parameter becomes a `DTensor` spread over the mesh.
+
+    As `shard`; a unit that is recomputed in backward is sharded together with its wrapper. Parameters of a unit need not agree
+    on `requires_grad` here; the units are the same all the same.
     """
-    apply_activation_checkpointing(
-        model,
-        checkpoint_wrapper_fn=functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT),
-        check_fn=lambda module: isinstance(module, DecoderLayer),
-    )
+    replicas, shards = replicas_and_shards(config, world.size, world.local_size)
+    names = ("replica", "shard")
+    mesh = init_device_mesh(world.device.type, (replicas, shards), mesh_dim_names=names)
+    last, wrapper_of = _last_layer(model) if config.keep_last_layer else None, wrappers(model)
+    after_forward: bool | int = config.reshard_to or config.sharding == "full_shard"
+    kept: dict[str, Any] = {"reduce_dtype": precision.reduce, "cast_forward_inputs": False}
+    for unit in (*reversed(sharding_units(model)), model):
+        fill(unit)
+        computing = None if isinstance(unit, AdapterLeaf) else precision.param
+        fully_shard(
+            wrapper_of.get(unit, unit),
+            mesh=mesh if replicas > 1 else mesh["shard"],
+            reshard_after_forward=False if unit is last else after_forward,
+            mp_policy=MixedPrecisionPolicy(param_dtype=computing, **kept),
+            offload_policy=CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
+        )
+    return model
 
 
-# --- gradients and full tensors -----------------------------------------------------------------------------------------
+# --- gradients ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def gradients_stay(model: nn.Module) -> Iterator[None]:
+    """Backward passes inside add to whole gradients on this process, and the first one after it adds them up over processes."""
+    if isinstance(model, FSDP | Replicated):
+        with model.no_sync():
+            yield
+        return
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+        return
+    yield
 
 
 def clip_gradients(model: nn.Module, largest: float) -> Tensor:
     """Scale the gradients to a global L2 norm of at most `largest`; return the norm before, over all processes' shards."""
     if isinstance(model, FSDP):
         return model.clip_grad_norm_(largest)
-    return nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], largest)
+    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], largest)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+# --- what each process holds --------------------------------------------------------------------------------------------
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether several processes (or FSDP's machinery) share the model: gradients are complete only after backward."""
+    return isinstance(model, FSDP | FSDPModule | Replicated)
+
+
+def sum_over_model(mine: Tensor, model: nn.Module, world: World) -> float:
+    """What each process has summed over its part of the model, over the whole model, counting each element once."""
+    return world.sum(mine)[0] * _holders(model, world) / world.size
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, in the same storage."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -274,7 +232,57 @@ def plain_name(name: str) -> str:
     """A parameter's name without what wrappers put into it."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
-    return name
+    return name.removeprefix("module.")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What this process holds of one parameter of the plain model: `count` of its `size` elements, laid out in a row, from
+    `start`. They stand at `offset` in the local, flattened part of `held`, which is the parameter that the optimizer knows."""
+
+    name: str
+    size: int
+    start: int
+    count: int
+    held: nn.Parameter
+    offset: int = 0
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The same elements of a tensor that is laid out like `held`: itself, its gradient, its optimizer state. A view."""
+        return local_part(tensor).view(-1)[self.offset : self.offset + self.count]
+
+
+def pieces(model: nn.Module) -> Iterator[Piece]:
+    """Of every parameter, in the model's order, whatever the strategy; without those of which nothing is here."""
+    _spread(model)
+    for name, parameter in model.named_parameters():
+        if "_flat_param" in name:
+            flat = cast(Any, parameter)
+            for fqn, size, part in zip(flat._fqns, flat._numels, flat._shard_param_infos, strict=True):
+                if part.in_shard:
+                    whole = plain_name(name.removesuffix("_flat_param") + fqn)
+                    yield Piece(whole, size, part.intra_param_start_idx, part.numel_in_shard, parameter, part.offset_in_shard)
+            continue
+        start, count = 0, local_part(parameter).numel()
+        if isinstance(parameter, DTensor):
+            shape, mesh = parameter.shape, parameter.device_mesh
+            start = -(-shape[0] // mesh.size(-1)) * mesh.get_local_rank(mesh.ndim - 1) * (parameter.numel() // shape[0])
+        if count:
+            yield Piece(plain_name(name), parameter.numel(), start, count, parameter)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of parameters on this process, counted from the tensors, padding included."""
+    _spread(model)
+    parts = [local_part(p) for p in model.parameters()]
+    return sum(part.numel() * part.itemsize for part in parts)
+
+
+def _spread(model: nn.Module) -> None:
+    """Spread again what `fully_shard` may have left gathered after a forward pass without a backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def trained_tensors(model: nn.Module, world: World) -> Iterator[tuple[str, Tensor]]:
@@ -282,22 +290,26 @@ def trained_tensors(model: nn.Module, world: World) -> Iterator[tuple[str, Tenso
 
     A unit is gathered when its turn comes, and each tensor leaves it as a copy on the CPU: memory peaks at one unit more.
     """
-
-    def pairs(module: nn.Module, prefix: str, gathered: bool) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad and "_flat_param" not in name and world.rank == 0:
-                # Under FSDP the storage is freed when the unit is sharded again.
-                yield plain_name(prefix + name), parameter.detach().to("cpu", copy=gathered)
-
-    if not isinstance(model, FSDP):
-        yield from pairs(model, "", False)
+    if isinstance(model, FSDP):
+        for name, module in model.named_modules():
+            # A unit's own parameters, not those of units within it. The root comes first in any case: a unit that is gathered
+            # before it would take itself for the root.
+            if isinstance(module, FSDP) and (module is model or any(p.requires_grad for p in module.params)):
+                with FSDP.summon_full_params(module, recurse=False, writeback=False):
+                    for own, parameter in module.named_parameters(name):
+                        if parameter.requires_grad and "_flat_param" not in own and world.rank == 0:
+                            # The storage is freed when the unit is spread again.
+                            yield plain_name(own), parameter.detach().to("cpu", copy=True)
         return
-    for name, module in model.named_modules():
-        # A unit's own parameters, not those of units within it. The root comes first in any case: a unit that is gathered
-        # before it would take itself for the root.
-        if isinstance(module, FSDP) and (module is model or any(p.requires_grad for p in module.params)):
-            with FSDP.summon_full_params(module, recurse=False, writeback=False):
-                yield from pairs(module, f"{name}." if name else "", True)
+    _spread(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            whole = parameter.detach()
+            if isinstance(parameter, DTensor):
+                whole = cast(DTensor, whole.to(world.device)).full_tensor()
+            if world.rank == 0:
+                yield plain_name(name), whole.cpu()
+            del whole
 
 
 def full_trainable_state(model: nn.Module, world: World) -> dict[str, Tensor]:
@@ -308,10 +320,19 @@ def full_trainable_state(model: nn.Module, world: World) -> dict[str, Tensor]:
 def frozen_checksum(model: nn.Module, world: World) -> str:
     """The sum, modulo 2^64, of the bit patterns of all frozen elements, the same for every sharding (which pads with zeros).
     Equal before and after training, or something wrote where nothing may. All processes must call it."""
+    _spread(model)
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     mine = 0
     for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.numel():
-            bits = parameter.detach().view(integers[parameter.element_size()])
-            mine += int(bits.sum(dtype=torch.int64))
-    return f"{sum(world.gather(mine)) % 2**64:016x}"
+        part = local_part(parameter.detach())
+        if not parameter.requires_grad and part.numel():
+            mine += int(part.view(integers[part.element_size()]).sum(dtype=torch.int64))
+    return f"{sum(world.gather(mine)[: _holders(model, world)]) % 2**64:016x}"
+
+
+def _holders(model: nn.Module, world: World) -> int:
+    """How many processes, from the first, hold the whole model together."""
+    if isinstance(model, FSDP):
+        return 1 if model.sharding_strategy == ShardingStrategy.NO_SHARD else cast(Any, model.process_group).size()
+    meshes = {p.device_mesh.size(-1) for p in model.parameters() if isinstance(p, DTensor)}
+    return meshes.pop() if meshes else 1

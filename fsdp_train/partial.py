@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from fsdp_train.data import Dataset, Plan
 from fsdp_train.log import no_picture, write_whole
-from fsdp_train.parallel import World, plain_name
+from fsdp_train.parallel import is_spread, local_part, plain_name, sum_over_model
 from fsdp_train.settings import option
+from fsdp_train.world import World
 from llama.errors import InputError, nearest
 from peft_impl.freeze import layer_of, layers_in
 
@@ -75,9 +76,7 @@ class RankedLayer:
     trains: bool
 
 
-def rank_layers(
-    model: nn.Module, data: Dataset, plan: Plan, world: World, config: PartialConfig, sharded: bool
-) -> list[RankedLayer]:
+def rank_layers(model: nn.Module, data: Dataset, plan: Plan, world: World, config: PartialConfig) -> list[RankedLayer]:
     """All decoder layers, in the model's order, with the K to train marked.
 
     Args:
@@ -97,24 +96,25 @@ def rank_layers(
     squares = torch.zeros(2, len(layers), dtype=torch.float64, device=world.device)  # of gradients, of weights
     for parameter, layer in owners.items():
         if layer is not None:
-            squares[1, layer] += parameter.detach().double().pow(2).sum()
+            squares[1, layer] += local_part(parameter.detach()).double().pow(2).sum()
 
     def take(parameter: Tensor) -> None:
         layer = owners[parameter]
         if layer is not None and parameter.grad is not None:
-            squares[0, layer] += parameter.grad.double().pow(2).sum()
+            squares[0, layer] += local_part(parameter.grad).double().pow(2).sum()
         parameter.grad = None
 
-    hooks = [] if sharded else [p.register_post_accumulate_grad_hook(take) for p in owners]
+    spread = is_spread(model)
+    hooks = [] if spread else [p.register_post_accumulate_grad_hook(take) for p in owners]
     for step in range(config.probe_batches):
         batch = data.batch(plan.micro_batches(step)[0], world.device)
         targets = world.sum(batch.targets)[0]
         (model(**batch.inputs, labels=batch.labels) * (world.size / targets)).backward()
-        for parameter in owners if sharded else ():
+        for parameter in owners if spread else ():
             take(parameter)
     for hook in hooks:
         hook.remove()
-    total = torch.tensor(world.sum(*squares.flatten()), dtype=torch.float64).view(2, -1) if sharded else squares.cpu()
+    total = torch.tensor([sum_over_model(one, model, world) for one in squares.flatten()], dtype=torch.float64).view(2, -1)
     gradient = (total[0] / config.probe_batches).sqrt()
     if not gradient.isfinite().all():
         raise InputError(f"--finetune.partial.select {config.select}: the probe batches give gradients that are not finite")

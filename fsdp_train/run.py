@@ -13,19 +13,23 @@ import torch
 from torch import nn
 
 from fsdp_train.artefact import Artefact
-from fsdp_train.build import ADAPTER_METHODS, build_model, frozen_dtype, place_model, trained_names, wrap_model
-from fsdp_train.checkpoint import data_fingerprint, drop_later, find_checkpoint, load_checkpoint, room_for, save_checkpoint
+from fsdp_train.build import ADAPTER_METHODS, build_model, frozen_dtype, trained_names, wrap_model
+from fsdp_train.checkpoint import Checkpoints, data_fingerprint, drop_later, find_checkpoints, room_for
 from fsdp_train.classification import ClassificationDataset
 from fsdp_train.config import RunConfig
 from fsdp_train.features import HeadOnly, backbone_digest, cache_directory, file_of, with_features
 from fsdp_train.inputs import read_inputs
 from fsdp_train.log import Metrics, peak_memory, say, write_whole
 from fsdp_train.measure import held_out_metrics, measure
+from fsdp_train.optim import LossScaler
 from fsdp_train.output import next_commands, output_directory
-from fsdp_train.parallel import World, chosen_strategy, compute_dtype, frozen_checksum
+from fsdp_train.parallel import Fill, frozen_checksum, held_bytes, place_model
 from fsdp_train.partial import PartialConfig, RankedLayer, Unfreezing, rank_layers, save_ranking, show_ranking
 from fsdp_train.settings import values_of, write_toml
-from fsdp_train.train import fit
+from fsdp_train.strategy import chosen_strategy, precision_of, replicas_and_shards
+from fsdp_train.train import Signals, Stopped, fit
+from fsdp_train.units import shares, table, total_bytes
+from fsdp_train.world import World
 from llama import Llama
 from llama.errors import InputError
 from peft_impl import count_parameters, trainable_table
@@ -40,7 +44,7 @@ class Run:
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
         self.is_adapter = config.finetune.method in ADAPTER_METHODS
-        self.dtype = compute_dtype(config.parallel, world.device)
+        self.dtype = precision_of(config.parallel, world.device).param
         self.ranking: list[RankedLayer] = []
 
     def tell(self, text: str) -> None:
@@ -59,7 +63,7 @@ class Run:
                     output = str(output_directory(self.config))
                 except OSError as error:
                     raise InputError(f"--train.output_dir {self.config.train.output_dir}: {error.strerror}") from None
-                find_checkpoint(self.config.checkpoint.resume, Path(output) / "checkpoints")
+                find_checkpoints(self.config.checkpoint.resume, Path(output) / "checkpoints")
         self.output = Path(self.world.gather(output)[0])
         finetune = self.config.finetune
         with self.world.together():
@@ -70,12 +74,12 @@ class Run:
         chosen = [row.layer for row in self.ranking if row.trains]
         with self.world.together():
             names = trained_names(finetune, self.inputs.base, self.inputs.target, chosen)
-            self.model = self._built(names, torch.float32)
+            self.model, self.fill = self._built(names, torch.float32)
         self.config = dataclasses.replace(
             self.config, train=dataclasses.replace(self.config.train, output_dir=str(self.output))
         )
 
-    def _built(self, names: list[str], masters: torch.dtype) -> nn.Module:
+    def _built(self, names: list[str], masters: torch.dtype) -> tuple[nn.Module, Fill]:
         config = self.config
         return build_model(config.model, config.finetune, self.inputs.target, names, config.train.seed, self.dtype, masters)
 
@@ -87,11 +91,11 @@ class Run:
             layers = trained_names(
                 dataclasses.replace(config.finetune, partial=PartialConfig(train=("layers.*",))), inputs.base, inputs.target
             )
-            model = self._built([n for n in layers if layer_of(n) is not None], frozen_dtype(config.model, self.dtype))
-        sharded = chosen_strategy(config.parallel, self.world) == "fsdp"
-        placed = place_model(model, config.parallel, self.world)
+            names = [name for name in layers if layer_of(name) is not None]
+            model, fill = self._built(names, frozen_dtype(config.model, self.dtype))
+        placed = place_model(model, config.parallel, self.world, fill)
         plan = dataclasses.replace(inputs.plan, grad_accum=1)
-        self.ranking = rank_layers(placed, inputs.data, plan, self.world, partial, sharded)
+        self.ranking = rank_layers(placed, inputs.data, plan, self.world, partial)
         self.tell(f"{partial.select}, from {partial.probe_batches} batches of {plan.global_batch} samples:")
         self.tell(show_ranking(self.ranking))
         del model, placed
@@ -105,32 +109,50 @@ class Run:
         self.tell(f"{method}: {self.trainable:,} of {self.total:,} parameters train ({share:.2f} %)")
         self.tell("" if method == "full" else trainable_table(self.model))
         if self.world.size > 1:
-            table = self.world.table()
-            self.tell(f"{self.world.size} processes:\n{table}")
+            self.tell(f"{self.world.size} processes:\n{self.world.table()}")
         adapters = getattr(self.model, "adapters", None)
         adapter = next(iter(adapters.configs.values())) if adapters else None
         self.artefact = Artefact(self.config, inputs.target, inputs.weights, adapter, inputs.tokenizer, self.output, self.world)
         self.features = self._train_on_features() if self.config.finetune.caches_features else ""
-        self.model_wrapped, self.optimizer = wrap_model(self.model, self.config.parallel, self.config.optim, self.world)
+        self._spread()
         self.checksum = frozen_checksum(self.model_wrapped, self.world)
         self.unfreezing = Unfreezing(self.model_wrapped, self.config.finetune.partial.unfreeze_every, inputs.target.ties_head)
+        self.checkpoints = Checkpoints(
+            self.config.checkpoint, self.output / "checkpoints", self.world, self.model_wrapped, self.optimizer, self.scaler,
+            self._identity(), self.tell,
+        )  # fmt: skip
         self.first_step = self._resume()
         self._open_output()
         threads = f", {torch.get_num_threads()} threads" if self.world.device.type == "cpu" else ""
-        strategy = chosen_strategy(self.config.parallel, self.world)
         self.tell(
-            f"{self.world.device.type}{threads}, strategy {strategy}, {str(self.dtype).removeprefix('torch.')}:"
+            f"{self.world.device.type}{threads}, strategy {self.strategy}, {str(self.dtype).removeprefix('torch.')}:"
             f" {inputs.total_steps:,} steps of {inputs.plan.global_batch} samples, into {self.output}"
         )
         if every := self.config.finetune.partial.unfreeze_every:
             reached = min(self.unfreezing.count, 1 + (inputs.total_steps - 1) // every)
             self.tell(f"gradual unfreezing: {reached} of {self.unfreezing.count} stages, one every {every} steps, from the top")
 
+    def _spread(self) -> None:
+        """Wrap, and prove that each process holds what the arithmetic says."""
+        parallel, world = self.config.parallel, self.world
+        self.strategy = chosen_strategy(parallel, world.size)
+        shards = replicas_and_shards(parallel, world.size, world.local_size)[1]
+        rows = shares(self.model, shards, self.strategy == "fsdp2", world.rank % shards)
+        self.model_wrapped, self.optimizer = wrap_model(self.model, parallel, self.config.optim, world, self.fill)
+        self.scaler = LossScaler(self.dtype == torch.float16)
+        expected, counted = total_bytes(rows)[0], held_bytes(self.model_wrapped)
+        if counted != expected:
+            raise RuntimeError(f"rank {world.rank} holds {counted:,} bytes of parameters, by the arithmetic {expected:,}")
+        if self.strategy != "none":
+            copies = f", {world.size // shards} copies of the model" if shards < world.size else ""
+            self.tell(f"{self.strategy} over {shards} processes{copies}; rank 0 holds of each unit:\n{table(rows)}")
+
     def _train_on_features(self) -> str:
         """Put the frozen backbone's features in the place of texts; return what identifies them. A setting may forbid it."""
         inputs, model = self.inputs, self.model
         if self.config.finetune.head.feature_cache == "none":
             return ""
+        self.fill(model)  # what identifies the features is a hash of all weights
         assert isinstance(model, Llama)
         assert isinstance(inputs.data, ClassificationDataset)
         directory, digest = cache_directory(self.config.finetune.head.feature_cache), backbone_digest(model.model)
@@ -197,20 +219,14 @@ class Run:
             "data": data_fingerprint(self.inputs.data),
             "optim": {name: str(value) for name, value in values_of(self.config.optim).items()},
             "order": [train.seed, self.config.data.shuffle],
-            "batch": [train.batch_size, train.grad_accum],
+            "batch": self.inputs.plan.global_batch,
             "precision": str(self.dtype),
         }
 
     def _resume(self) -> int:
-        found = find_checkpoint(self.config.checkpoint.resume, self.output / "checkpoints")
-        if found is None:
-            return 0
-        identity, step, steps = self._identity(), 0, self.inputs.total_steps
-        with self.world.together():
-            step = load_checkpoint(found, self.model_wrapped, self.optimizer, self.world, identity)
-            if step >= steps:
-                raise InputError(f"{found} has {step} steps done, this run ends at {steps}")
-        self.tell(f"resumed from {found}: {step:,} steps done")
+        step = self.checkpoints.resume()
+        if step > self.inputs.total_steps:
+            raise InputError(f"{self.output} has {step} steps done, this run ends at {self.inputs.total_steps}")
         return step
 
     # --- training and measuring -----------------------------------------------------------------------------------------
@@ -229,21 +245,29 @@ class Run:
         """All steps that are left, with evaluation and checkpoints on the way."""
         train, every, steps = self.config.train, self.config.checkpoint.every, self.inputs.total_steps
 
-        def after_step(done: int) -> None:
+        def after_step(done: int, asked: bool) -> None:
+            loss = None
             if train.eval_every and done % train.eval_every == 0 and done < steps:
                 found = held_out_metrics(self.model_wrapped, self.inputs.held_out, train.batch_size, self.world)
                 self.metrics.write(step=done, **found)
                 self.tell(f"step {done}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
-            if every and done % every == 0 and done < steps:
-                save_checkpoint(
-                    self.output / "checkpoints", done, self.config.checkpoint.keep, self.model_wrapped, self.optimizer,
-                    self.world, self._identity(),
-                )  # fmt: skip
+                loss = found["eval_loss"]
+            if asked or (every and (done % every == 0 or done == steps or self.checkpoints.is_best(loss))):
+                self.checkpoints.save(done, loss)
 
-        fit(
-            self.model_wrapped, self.optimizer, self.inputs.data, self.inputs.plan, self.config.optim, self.world,
-            range(self.first_step, steps), self.metrics, self.config.log.every, self.unfreezing.before_step, after_step,
-        )  # fmt: skip
+        self.world.barrier("before the first step")
+        with Signals() as signals:
+            try:
+                fit(
+                    self.model_wrapped, self.optimizer, self.inputs.data, self.inputs.plan, self.config.optim, self.world,
+                    range(self.first_step, steps), self.metrics, self.config.log.every, self.unfreezing.before_step, after_step,
+                    self.scaler, self.config.parallel.no_sync, signals, lambda: self.checkpoints.failed,
+                )  # fmt: skip
+            except Stopped:
+                self.checkpoints.finish()
+                raise
+            finally:
+                self.checkpoints.settle()
         self.unfreezing.finish()
 
     # --- what the user keeps --------------------------------------------------------------------------------------------
@@ -253,6 +277,7 @@ class Run:
         if frozen_checksum(self.model_wrapped, self.world) != self.checksum:
             raise RuntimeError("frozen weights changed during training; nothing is saved")
         self.bytes = self.artefact.write(self.model_wrapped)
+        self.checkpoints.finish()
 
     def sum_up(self, before: Measures, after: Measures, seconds: float) -> None:
         """Tell what changed, what did not, where it is, and what to type next."""

@@ -300,9 +300,10 @@ def _toml_value(value: Any) -> str:
     return repr(value)
 
 
-def fail(error: Exception | str, code: int = 2) -> NoReturn:
-    """Leave with a non-zero exit code and one readable line: printed by rank 0, and handed to `torchrun` for its report."""
-    if os.environ.get("RANK", "0") == "0":
+def fail(error: BaseException | str, code: int = 2) -> NoReturn:
+    """Leave with a non-zero exit code and one readable line, also handed to `torchrun` for its report. An error of all
+    processes is printed by rank 0, one that began on some process by that one, which its attribute `prints` says."""
+    if getattr(error, "prints", os.environ.get("RANK", "0") == "0"):
         print(f"error: {error}", file=sys.stderr, flush=True)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": str(error), "timestamp": str(int(time.time()))}

@@ -8,18 +8,22 @@ Gradients are averaged over processes by FSDP, so each micro-batch's sum is mult
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import nn
 
 from fsdp_train.data import Batch, Dataset, Plan
 from fsdp_train.log import Metrics, Progress, peak_memory
-from fsdp_train.optim import OptimConfig, learning_rate
-from fsdp_train.parallel import World, clip_gradients
+from fsdp_train.optim import InBackward, LossScaler, OptimConfig, Optimizer, learning_rate
+from fsdp_train.parallel import clip_gradients, gradients_stay, sum_over_model
 from fsdp_train.settings import option
+from fsdp_train.world import World
 from llama.errors import InputError, listing
 
 
@@ -54,39 +58,86 @@ class NonFiniteError(RuntimeError):
     """The loss or its gradient is NaN or infinite; the message says where. No step was taken."""
 
 
+class Stopped(RuntimeError):
+    """A signal asked for an end, after a checkpoint; `signal` is its number."""
+
+    def __init__(self, signal: int, step: int) -> None:
+        super().__init__(f"stopped by {signal_name(signal)} after step {step}")
+        self.signal = signal
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step, over all processes: mean loss per target, gradient norm, real tokens."""
+    """Of one optimizer step, over all processes: mean loss per target, gradient norm, real tokens, whether fp16 left the update
+    out, and the sums of what else was to be summed."""
 
     loss: float
     grad_norm: float
     tokens: int
+    skipped: bool
+    also: list[float]
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], world: World, grad_clip: float, step: int
+    model: nn.Module,
+    optimizer: Optimizer | torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    world: World,
+    grad_clip: float,
+    step: int,
+    scaler: LossScaler | None = None,
+    no_sync: bool = False,
+    also: Sequence[float] = (),
 ) -> StepResult:
     """Forward, backward and update on this process's micro-batches of one step.
+
+    Args:
+        no_sync: add gradients up over processes after the last micro-batch only.
+        also: numbers to be summed over processes on the way.
 
     Raises:
         NonFiniteError: on every process alike, before the update.
     """
-    targets, tokens = world.sum(sum(b.targets for b in batches), sum(b.tokens for b in batches))
+    targets, tokens, *sums = world.sum(sum(b.targets for b in batches), sum(b.tokens for b in batches), *also)
+    scale = scaler.scale if scaler is not None else 1.0
     losses = []
-    for batch in batches:
-        loss = model(**batch.inputs, labels=batch.labels)
-        (loss * (world.size / targets)).backward()
-        losses.append(loss.detach())
+    for index, batch in enumerate(batches):
+        with gradients_stay(model) if no_sync and index < len(batches) - 1 else nullcontext():
+            loss = model(**batch.inputs, labels=batch.labels)
+            losses.append(loss.detach())
+            if isinstance(optimizer, InBackward):
+                _check_loss(losses, batches, world, step)
+            (loss * (world.size / targets * scale)).backward()
     total = world.sum(torch.stack(losses).sum())[0]
-    if missing := [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]:
-        raise RuntimeError(f"no gradient reaches {listing(missing)}: the forward pass does not use them")
-    norm = float(clip_gradients(model, grad_clip or math.inf))
-    if not (math.isfinite(total) and math.isfinite(norm)):
+    if isinstance(optimizer, InBackward):
+        norm = math.sqrt(sum_over_model(optimizer.squares, model, world))
+        if not math.isfinite(norm):
+            raise NonFiniteError(f"step {step + 1}: the gradient norm is {norm}; weights were updated already: resume")
+    else:
+        if missing := [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]:
+            raise RuntimeError(f"no gradient reaches {listing(missing)}: the forward pass does not use them")
+        if scale != 1:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(1 / scale)
+        norm = float(clip_gradients(model, grad_clip or math.inf))
+    finite = math.isfinite(norm)
+    if scaler is not None:
+        scaler.update(finite)
+    overflowed = scale > 1 and not finite  # fp16's way of finding the largest scale that it can bear
+    if not (math.isfinite(total) and (finite or overflowed)):
         optimizer.zero_grad()
         raise NonFiniteError(_blame(losses, batches, total, norm, world, step))
-    optimizer.step()
+    if not overflowed:
+        optimizer.step()
     optimizer.zero_grad()
-    return StepResult(total / targets, norm, int(tokens))
+    return StepResult(total / targets, norm, int(tokens), overflowed, sums)
+
+
+def _check_loss(losses: list[torch.Tensor], batches: Sequence[Batch], world: World, step: int) -> None:
+    total = world.sum(torch.stack(losses).sum())[0]
+    if not math.isfinite(total):
+        raise NonFiniteError(_blame(losses, batches, total, math.nan, world, step))
 
 
 def _blame(losses: list[torch.Tensor], batches: Sequence[Batch], total: float, norm: float, world: World, step: int) -> str:
@@ -127,9 +178,37 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return ((seed * 1_000_003 + step) * 65_536 + rank) % 2**63
 
 
+class Signals:
+    """SIGTERM and SIGINT ask for a checkpoint and the end, SIGUSR1 for a checkpoint, each after the step that is being done.
+
+    All processes act on what any of them was told, in the same step. Outside `with`, signals mean what they always do.
+    """
+
+    def __init__(self) -> None:
+        self.stop, self.save = 0, False
+
+    def __enter__(self) -> Self:
+        self._before = {one: signal.signal(one, self._note) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for one, handler in self._before.items():
+            signal.signal(one, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if number == signal.SIGUSR1:
+            self.save = True
+        else:
+            self.stop = number
+
+
+def signal_name(number: int) -> str:
+    return signal.Signals(number).name
+
+
 def fit(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     data: Dataset,
     plan: Plan,
     optim: OptimConfig,
@@ -138,21 +217,30 @@ def fit(
     metrics: Metrics,
     log_every: int,
     before_step: Callable[[int], None],
-    after_step: Callable[[int], None],
+    after_step: Callable[[int, bool], None],
+    scaler: LossScaler,
+    no_sync: bool,
+    signals: Signals,
+    failed: Callable[[], bool],
 ) -> None:
     """Train steps `steps.start` .. `steps.stop` - 1 of the run.
 
     Args:
         before_step: called with the step's number, on every process: what trains in it.
-        after_step: called with the number of steps done, on every process: evaluation and checkpoints.
+        after_step: called with the number of steps done and whether a checkpoint is asked for, on every process.
+        no_sync: see `train_step`.
+        signals: what this process has been told meanwhile.
+        failed: whether something beside training has gone wrong on this process: all then get an `after_step` at once, which
+            asks for a checkpoint, and so finds out.
 
     Raises:
         NonFiniteError: as `train_step`.
+        Stopped: a signal said so; `after_step` has been called.
     """
     model.train()
     progress = Progress(steps.stop, steps.start, log_every, world.rank == 0)
     busy, seen = 0.0, 0  # seconds of training and tokens since the last row; evaluation and saving do not count
-    try:
+    with closing(progress):
         for step in steps:
             began = time.perf_counter()
             # Dropout is a pure function of (seed, step, rank), like the data's order: nothing of it needs to be saved.
@@ -162,12 +250,15 @@ def fit(
                 group["lr"] = lr
             before_step(step)
             batches = [data.batch(indices, world.device) for indices in plan.micro_batches(step)]
-            result = train_step(model, optimizer, batches, world, optim.grad_clip, step)
+            asked, signals.save = [signals.stop, signals.save or failed()], False
+            result = train_step(model, optimizer, batches, world, optim.grad_clip, step, scaler, no_sync, asked)
+            stop, save = result.also
             seen += result.tokens
             busy += time.perf_counter() - began
             done, speed = step + 1, seen / busy
             progress.step(done, result.loss, lr, speed)
-            if done % log_every == 0 or done == steps.stop:
+            if done % log_every == 0 or done == steps.stop or stop:
+                scaled = {"loss_scale": scaler.scale, "skipped": result.skipped} if scaler.on else {}
                 metrics.write(
                     step=done,
                     loss=result.loss,
@@ -176,8 +267,9 @@ def fit(
                     tokens=result.tokens,
                     tokens_per_second=round(speed, 1),
                     peak_memory_bytes=peak_memory(world.device),
+                    **scaled,
                 )
                 busy, seen = 0.0, 0
-            after_step(done)
-    finally:
-        progress.close()
+            after_step(done, bool(stop or save))
+            if stop and done < steps.stop:
+                raise Stopped(max(world.gather(signals.stop)), done)

@@ -137,11 +137,12 @@ def replace_head(
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         head = ClassificationHead(config) if labels else LanguageModelHead(config)
-    if not labels:
-        head.weight = nn.Parameter(old.weight.detach().clone())
     model.config = model.model.config = config
     for name in ("lm_head", "score"):
         if hasattr(model, name):
             delattr(model, name)
-    setattr(model, "score" if labels else "lm_head", head.to(device=like.device, dtype=like.dtype))
+    head.to(device="cpu" if like.is_meta else like.device, dtype=like.dtype)
+    if not labels:
+        head.weight = nn.Parameter(old.weight.detach().clone())
+    setattr(model, "score" if labels else "lm_head", head)
     return model

@@ -7,6 +7,7 @@ llama.save(model, "copy")
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -30,31 +31,60 @@ TOKENIZER_FILES = (
 
 
 def load(
-    path: str | os.PathLike[str],
-    dtype: torch.dtype | Callable[[str], torch.dtype] = torch.float32,
-    device: str | torch.device = "cpu",
-) -> Llama:
+    path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Llama:  # fmt: skip
     """A model from a HF or Meta directory (detected), in `dtype` on `device`.
 
     Each tensor is read, cast and put in place before the next, so memory peaks at the model plus one tensor.
-
-    Args:
-        dtype: of all parameters, or a function from a parameter's name to its dtype.
 
     Raises:
         InputError: anything missing, unknown, wrongly shaped, damaged or unsupported, with file and key.
     """
     weights = open_weights(path)
+    model = on_meta(weights).to(dtype)
+    filler(model, weights, device)(model)
+    return model
+
+
+def on_meta(weights: Weights) -> Llama:
+    """The model of these files without values: its parameters are on the meta device, and `filler` gives them theirs.
+
+    Raises:
+        InputError: the files' names or shapes are not the model's.
+    """
     with torch.device("meta"):
         model = Llama(weights.config)
-    check_names(weights, model, path)
-    for name, parameter in list(model.named_parameters()):
-        wanted = dtype if isinstance(dtype, torch.dtype) else dtype(name)
-        tensor = _floating(weights.read(name), name, path).to(device=device, dtype=wanted, copy=True)
-        owner = model.get_submodule(name.rpartition(".")[0])
-        setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=parameter.requires_grad))
-    model.tie_weights()
+    check_names(weights, model, weights.path)
     return model
+
+
+def filler(model: Llama, weights: Weights, device: str | torch.device = "cpu") -> Callable[[nn.Module], None]:
+    """A function that reads what is on the meta device within a module of `model`, each tensor in its dtype.
+
+    Called on one part of the model after the other, it lets a model that is spread over processes be loaded without ever
+    being whole. Modules are known by what they are called now, whatever wraps them later. A copy of a module (`X.copies.NAME`,
+    see peft_impl) starts with the values of X, a head of its own with those of the embedding it shared.
+
+    Raises:
+        InputError: from the function: a damaged file or a dtype that is not a floating-point one.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    embedding = model.model.embed_tokens
+
+    def fill(part: nn.Module) -> None:
+        for module in part.modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                if not parameter.is_meta:
+                    continue
+                name = re.sub(r"\.copies\.[^.]+", "", f"{names[module]}.{key}")
+                if name == "lm_head.weight" and weights.config.ties_head:
+                    name = "model.embed_tokens.weight"
+                tensor = _floating(weights.read(name), name, weights.path).to(device, parameter.dtype, copy=True)
+                setattr(module, key, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+                if model.config.ties_head and module in (model.head, embedding):
+                    model.head.weight = embedding.weight = getattr(module, key)
+
+    return fill
 
 
 def _floating(tensor: Tensor, name: str, path: str | os.PathLike[str]) -> Tensor:

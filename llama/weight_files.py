@@ -36,8 +36,10 @@ class Weights(ABC):
     Attributes:
         config: the architecture that the directory states.
         shapes: name -> shape of every tensor, in HF's names, rotary tables left out.
+        path: the directory.
     """
 
+    path: Path
     config: LlamaConfig
     shapes: dict[str, tuple[int, ...]]
 
@@ -58,6 +60,7 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
         InputError: no such directory, no weights in it, or files that are damaged or contradict each other.
     """
     weights = _detect(Path(path))
+    weights.path = Path(path)
     _check_sizes(weights, path)
     return weights
 

@@ -162,7 +162,8 @@ def add_adapter(model: Llama, config: Any, name: str = "default", seed: int = 0)
     """Attach a new adapter, trainable and active, and freeze the base; the model stays as it was when that is refused.
 
     The base's parameter names and bits stay as they are. The start depends on `seed` and each module's path only, so it
-    is the same on every process and for every order of construction.
+    is the same on every process and for every order of construction. On a base that is on the meta device its own parameters
+    are real, on the CPU (except whole copies of the base's modules, and not for DoRA, which starts from the base's values).
 
     Raises:
         InputError: the name is taken or unusable, the configuration does not fit the model, or an adapter is merged.
@@ -191,6 +192,8 @@ def add_adapter(model: Llama, config: Any, name: str = "default", seed: int = 0)
             parameter.requires_grad_(True)
         raise
     for path, leaf in leaves.items():
+        if any(parameter.is_meta for parameter in leaf.parameters()):
+            leaf.to_empty(device="cpu")
         leaf.reset_parameters(_generator(seed, path))
     state.configs[name], state.seeds[name] = config, seed
     state.choose(name)

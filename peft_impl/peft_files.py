@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama import Llama, replace_head
 from llama.errors import InputError, listing, nearest
@@ -136,6 +136,10 @@ def load_adapter(model: Llama, path: str | os.PathLike[str], name: str = "defaul
         warnings.warn(f"{path}: the adapter has no effect: {reason}", stacklevel=2)
     with torch.no_grad():
         for own, tensor in method.unpack(model, name, tensors).items():
+            if parameters[own].is_meta:  # a copy of a module of a base without values
+                owner, _, key = own.rpartition(".")
+                parameters[own] = nn.Parameter(torch.empty_like(parameters[own], device="cpu"))
+                setattr(model.get_submodule(owner), key, parameters[own])
             parameters[own].copy_(tensor)
             parameters[own].requires_grad_(trainable)
 

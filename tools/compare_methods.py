@@ -31,10 +31,11 @@ import llama
 from fsdp_train.config import DEMO
 from fsdp_train.data import Dataset, load_dataset
 from fsdp_train.log import no_picture
-from fsdp_train.parallel import ParallelConfig, process_group
 from fsdp_train.samples import answers, reference
 from fsdp_train.settings import fail
+from fsdp_train.strategy import ParallelConfig
 from fsdp_train.train import evaluate
+from fsdp_train.world import process_group
 from llama import InputError, Llama, Tokenizer
 from llama.files import check_free
 from peft_impl import load_adapter, remove_adapter, set_adapter

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -10,8 +12,10 @@ import llama
 from fsdp_train.build import wrap_model
 from fsdp_train.data import Plan, Sample, collate
 from fsdp_train.optim import OptimConfig
-from fsdp_train.parallel import ParallelConfig, World, full_trainable_state
+from fsdp_train.parallel import full_trainable_state
+from fsdp_train.strategy import ParallelConfig
 from fsdp_train.train import train_step
+from fsdp_train.world import World
 from peft_impl import LlamaAdapterConfig, LoraConfig, PrefixTuningConfig, add_adapter
 from tests.oracle import SHAPES, randomise
 
@@ -64,12 +68,12 @@ def whole_batch_gradients(method: str, data: list[Sample], shape: str = "gqa") -
 
 
 def step_gradients(
-    world: World, method: str, batch: int, accum: int, checkpointing: str, count: int, shape: str = "gqa"
+    world: World, method: str, batch: int, accum: int, checkpointing: str, count: int, shape: str = "gqa", **parallel: Any
 ) -> dict[str, Tensor]:
     """What the program computes: the change that SGD with a rate of one makes, and the norm it reports."""
     model = build(method, shape)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    config = ParallelConfig(precision="fp32", activation_checkpointing=checkpointing)  # type: ignore[arg-type]
+    config = ParallelConfig(precision="fp32", activation_checkpointing=checkpointing, **parallel)  # type: ignore[arg-type]
     wrapped, _ = wrap_model(model, config, OptimConfig(), world)
     optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=1.0)
     data = samples(count)

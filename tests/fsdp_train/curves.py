@@ -12,8 +12,9 @@ from transformers import get_cosine_schedule_with_warmup
 
 from fsdp_train.config import parse_config
 from fsdp_train.main import complete
-from fsdp_train.parallel import ParallelConfig, process_group
 from fsdp_train.run import Run
+from fsdp_train.strategy import ParallelConfig
+from fsdp_train.world import process_group
 
 STEPS, GLOBAL_BATCH = 50, 8
 CURVE = 1e-5  # per step, fp32: the bound; different kernels and orders of summation

@@ -23,8 +23,9 @@ from fsdp_train import artefact
 from fsdp_train.checkpoint import CheckpointConfig, checkpoints, room_for
 from fsdp_train.config import parse_config
 from fsdp_train.main import complete, main
-from fsdp_train.parallel import ParallelConfig, World, process_group
 from fsdp_train.run import Run
+from fsdp_train.strategy import ParallelConfig
+from fsdp_train.world import World, process_group
 from llama.errors import InputError
 from tests.fsdp_train.conftest import CONTEXT
 from tests.launch import spawn

@@ -22,7 +22,7 @@ from fsdp_train import features
 from fsdp_train.classification import ClassificationDataset, load_classification
 from fsdp_train.features import FeatureDataset, HeadOnly, backbone_digest, cache_directory, file_of, with_features
 from fsdp_train.main import main
-from fsdp_train.parallel import World
+from fsdp_train.world import World
 from llama import Llama, Tokenizer, replace_head
 from llama.errors import InputError
 from llama.model import LlamaModel

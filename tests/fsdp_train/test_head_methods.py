@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llama
-from fsdp_train.build import place_model
 from fsdp_train.classification import MULTI, REGRESSION, SINGLE, ClassificationDataset, LabelSpace
 from fsdp_train.data import Dataset, Plan, Sample
-from fsdp_train.parallel import ParallelConfig, World, full_trainable_state, process_group
+from fsdp_train.parallel import full_trainable_state, place_model
+from fsdp_train.strategy import ParallelConfig
 from fsdp_train.train import train_step
+from fsdp_train.world import World, process_group
 from llama import Llama, replace_head
 from peft_impl import LoraConfig, add_adapter, select_parameters, train_only
 from tests.fsdp_train.common import GRADIENT, samples

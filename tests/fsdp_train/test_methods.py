@@ -15,7 +15,9 @@ import llama
 from fsdp_train import parallel
 from fsdp_train.build import wrap_model
 from fsdp_train.optim import OptimConfig
-from fsdp_train.parallel import ParallelConfig, World, full_trainable_state, process_group
+from fsdp_train.parallel import full_trainable_state
+from fsdp_train.strategy import ParallelConfig, Precision
+from fsdp_train.world import World, process_group
 from llama import KVCache, Llama, generate
 from llama.errors import InputError
 from peft_impl import add_adapter, count_parameters, set_adapter
@@ -115,7 +117,7 @@ def holdings(rank: int) -> dict[str, Any]:
             patch = pytest.MonkeyPatch()
             patch.setattr(parallel, "sharding_units", lambda model: list(model.model.layers))
             try:
-                parallel.shard(build(method), world, torch.float32)
+                parallel.shard(build(method), ParallelConfig(strategy="fsdp"), world, Precision(torch.float32))
                 found[method]["bad policy"] = "accepted"
             except InputError as error:
                 found[method]["bad policy"] = str(error)

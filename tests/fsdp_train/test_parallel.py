@@ -15,19 +15,17 @@ from fsdp_train import parallel
 from fsdp_train.build import wrap_model
 from fsdp_train.data import Dataset, Plan, collate
 from fsdp_train.optim import OptimConfig
-from fsdp_train.parallel import (
-    ParallelConfig,
-    frozen_checksum,
-    full_trainable_state,
-    process_group,
-    sharding_units,
-)
+from fsdp_train.parallel import frozen_checksum, full_trainable_state
+from fsdp_train.strategy import ParallelConfig, Precision
 from fsdp_train.train import evaluate, step_seed, train_step
+from fsdp_train.units import sharding_units
+from fsdp_train.world import process_group
 from llama.errors import InputError
 from peft_impl import count_parameters
 from tests.fsdp_train.common import build, compare, samples, step_gradients, whole_batch_gradients
 from tests.launch import spawn
 
+FSDP1 = ParallelConfig(strategy="fsdp")
 BF16_CURVE = 5e-3  # other batch shapes take other bf16 kernels, and each half's gradient is rounded before they are added
 SPLITS = ((8, 1), (4, 2), (1, 8))  # samples per step and process x micro-batches, for 8 samples in all
 
@@ -85,7 +83,7 @@ def shards(rank: int) -> dict[str, Any]:
             trainable, total = count_parameters(model)
             plain = frozen_checksum(model, world) if world.size == 1 else None
             state = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-            wrapped = parallel.shard(model, world, torch.float32)
+            wrapped = parallel.shard(model, FSDP1, world, Precision(torch.float32))
             mine = {p: p.numel() for p in wrapped.parameters()}
             whole = full_trainable_state(wrapped, world)
             found[method] = {
@@ -103,14 +101,14 @@ def shards(rank: int) -> dict[str, Any]:
         patch = pytest.MonkeyPatch()
         patch.setattr(parallel, "sharding_units", lambda model: list(model.model.layers))
         try:
-            parallel.shard(build("lora"), world, torch.float32)
+            parallel.shard(build("lora"), FSDP1, world, Precision(torch.float32))
             found["bad policy"] = "accepted"
         except InputError as error:
             found["bad policy"] = str(error)
         patch.undo()
         # Uneven evaluation: 5 samples, batches of 2, on any number of processes.
         data = Dataset(Path("x"), "tokens", {}, samples(5))
-        wrapped = parallel.shard(build("lora"), world, torch.float32)
+        wrapped = parallel.shard(build("lora"), FSDP1, world, Precision(torch.float32))
         found["eval"] = evaluate(wrapped, data, 2, world)
     return found
 
@@ -161,7 +159,7 @@ def dora_gradients(rank: int) -> dict[str, torch.Tensor]:
     with process_group(ParallelConfig(strategy="fsdp")) as world:
         model = build("dora", dtype=torch.bfloat16)
         model.model.compute_dtype = torch.bfloat16
-        wrapped = parallel.shard(model, world, torch.bfloat16)
+        wrapped = parallel.shard(model, FSDP1, world, Precision(torch.bfloat16))
         with torch.no_grad():
             return {"logits": wrapped(torch.arange(20)[None])}
 

@@ -16,15 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from fsdp_train.build import wrap_model
 from fsdp_train.data import Plan, collate
 from fsdp_train.optim import OptimConfig
-from fsdp_train.parallel import (
-    ParallelConfig,
-    World,
-    checkpoint_activations,
-    full_trainable_state,
-    process_group,
-    sharding_units,
-)
+from fsdp_train.parallel import full_trainable_state
+from fsdp_train.recompute import checkpoint_activations
+from fsdp_train.strategy import ParallelConfig
 from fsdp_train.train import train_step
+from fsdp_train.units import sharding_units
+from fsdp_train.world import World, process_group
 from llama import Llama, LlamaConfig
 from peft_impl import select_parameters, train_only
 from tests.fsdp_train.common import build, compare, samples, whole_batch_gradients
@@ -101,7 +98,7 @@ def test_backward_stops_at_the_cut(patterns: str, layers: int, head: bool) -> No
     once = rows * (length * body + (length - 1) * top)
     assert products() == once
     # Recomputed is what lies above the cut and no more (torch leaves out a layer's last product, which nothing needs).
-    checkpoint_activations(model)
+    checkpoint_activations(model, "full")
     again = rows * length * 2 * layers * (of_layer - model.model.layers[0].mlp.down_proj.weight.numel())
     assert products() == once + again
 
@@ -144,7 +141,7 @@ def stored(model: Llama) -> list[int]:
 def test_nothing_is_stored_below_the_cut(patterns: str, cut: int, checkpointing: bool) -> None:
     model = wide(patterns)
     if checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, "full")
     embedding, *layers, top = stored(model)
     assert (embedding > 0) == (patterns == "*")
     assert [held > 0 for held in layers] == [index >= cut for index in range(4)]

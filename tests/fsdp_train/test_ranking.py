@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fsdp_train.build import place_model
 from fsdp_train.data import Dataset, Plan
 from fsdp_train.main import main
-from fsdp_train.parallel import ParallelConfig, World, process_group
+from fsdp_train.parallel import place_model
 from fsdp_train.partial import PartialConfig, RankedLayer, rank_layers, show_ranking
+from fsdp_train.strategy import ParallelConfig
+from fsdp_train.world import World, process_group
 from llama import Llama
 from llama.errors import InputError
 from peft_impl import train_only
@@ -56,7 +57,7 @@ def ranked(world: World, model: nn.Module, select: str, **parallel: Any) -> list
 
         for parameter in (p for p in placed.parameters() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(alone)
-    found = rank_layers(placed, data(), plan, world, PartialConfig(select=select, probe_batches=PROBES), sharded)
+    found = rank_layers(placed, data(), plan, world, PartialConfig(select=select, probe_batches=PROBES))
     assert all(torch.equal(a, b) for a, b in zip(before, placed.parameters(), strict=True))
     assert all(p.grad is None for p in placed.parameters())
     return found

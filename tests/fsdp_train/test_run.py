@@ -17,9 +17,10 @@ import llama
 from fsdp_train import data
 from fsdp_train.data import load_dataset
 from fsdp_train.main import main
-from fsdp_train.parallel import ParallelConfig, process_group
 from fsdp_train.run import Run
+from fsdp_train.strategy import ParallelConfig
 from fsdp_train.train import NonFiniteError, evaluate
+from fsdp_train.world import process_group
 from peft_impl import load_adapter, read_adapter
 from tests.launch import torchrun
 from tests.oracle import DATA, STORIES, hf_model, largest, needs_data
