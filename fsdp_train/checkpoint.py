@@ -132,8 +132,8 @@ class _Writes(DefaultSavePlanner):
 class _Reads(DefaultLoadPlanner):
     """Plans to read `Part`s, each out of whatever parts were written."""
 
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+    def set_up_planner(self, state_dict: dict[str, Any], metadata: Any = None, is_coordinator: bool = False) -> None:
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from fsdp_train import checkpoint, run
-from fsdp_train.checkpoint import checkpoints, find_checkpoint
+from fsdp_train import run
+from fsdp_train.checkpoint import Checkpoints, checkpoints, find_checkpoints
 from fsdp_train.main import main
 from llama.errors import InputError
-from tests.launch import torchrun
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """Stands for a killed process."""
 
 
@@ -53,13 +55,14 @@ def rows(out: Path) -> list[dict[str, float]]:
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process dies just after the checkpoint of step 5."""
-    saved = checkpoint.save_checkpoint
+    saved = Checkpoints.save
 
-    def save_and_die(*args: object) -> None:
-        saved(*args)  # type: ignore[arg-type]
+    def save_and_die(self: Checkpoints, step: int, eval_loss: float | None = None) -> None:
+        saved(self, step, eval_loss)
+        self.finish()
         raise Interrupted
 
-    monkeypatch.setattr(run, "save_checkpoint", save_and_die)
+    monkeypatch.setattr(Checkpoints, "save", save_and_die)
 
 
 @pytest.mark.parametrize("method", EXTRA)
@@ -84,27 +87,14 @@ def test_resumed_equals_uninterrupted(
     assert [row["step"] for row in rows(tmp_path / "cut")] == list(range(1, 13))
 
 
-def test_resume_with_two_processes(model_dir: Path, alpaca_file: Path, tmp_path: Path) -> None:
-    extra = ("--train.batch_size", 2, "--train.grad_accum", 2)
-    torchrun(2, *flags(model_dir, alpaca_file, tmp_path / "whole", *extra))
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut", ignore=shutil.ignore_patterns("adapter", "step_00000010"))
-    torchrun(2, *flags(model_dir, alpaca_file, tmp_path / "cut", *extra))
-    whole, cut = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(whole[key], cut[key]) for key in whole)
-    assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
-    # The same directory with another number of processes: refused, not guessed.
-    shutil.rmtree(tmp_path / "cut" / "adapter")
-    refused = torchrun(1, *flags(model_dir, alpaca_file, tmp_path / "cut", *extra), check=False)
-    assert refused.returncode != 0
-    assert "was written by 2 processes, this run has 1" in refused.stderr
-
-
 @pytest.fixture(scope="module")
 def finished(model_dir: Path, alpaca_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with its checkpoints, without its artefact."""
+    """A finished run with its checkpoints, as if it had been killed after step 10 of 12."""
     out = tmp_path_factory.mktemp("finished") / "out"
     main(flags(model_dir, alpaca_file, out))
     shutil.rmtree(out / "adapter")
+    assert [p.name for p in checkpoints(out / "checkpoints")] == ["step_00000010", "step_00000012"]
+    shutil.rmtree(out / "checkpoints" / "step_00000012")
     return out
 
 
@@ -117,7 +107,7 @@ def finished(model_dir: Path, alpaca_file: Path, tmp_path_factory: pytest.TempPa
         (("--train.seed", 1), "order"),
         (("--data.max_length", 20), "data"),
         (("--parallel.precision", "bf16"), "precision"),
-        (("--train.max_steps", 10), "10 steps done, this run ends at 10"),
+        (("--train.max_steps", 9), "10 steps done, this run ends at 9"),
     ],
 )
 def test_another_run_is_refused(
@@ -142,42 +132,150 @@ def test_a_longer_run_may_continue_and_none_starts_over(
     main(flags(model_dir, alpaca_file, out, "--train.max_steps", 14))
     assert "10 steps done" in capsys.readouterr().out
     assert [row["step"] for row in rows(out)] == list(range(1, 15))
+    shutil.rmtree(out / "adapter")
+    main(flags(model_dir, alpaca_file, out, "--train.max_steps", 14))  # killed after the last step: only the result is missing
+    assert (out / "adapter").is_dir()
+    assert [row["step"] for row in rows(out)] == list(range(1, 15))
     main(flags(model_dir, alpaca_file, out, "--checkpoint.resume", "none", "--train.max_steps", 3))
     assert [row["step"] for row in rows(out)] == [1, 2, 3]
 
 
-def test_damaged_shard_is_refused(
-    finished: Path, model_dir: Path, alpaca_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+
+
+def shorten(path: Path) -> None:
+    (path / SHARD).write_bytes((path / SHARD).read_bytes()[:100])
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray((path / SHARD).read_bytes())
+    data[-5] ^= 1
+    (path / SHARD).write_bytes(data)
+
+
+def lose_the_state(path: Path) -> None:
+    (path / "state.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [shorten, flip_a_bit, lambda path: (path / SHARD).unlink(), lose_the_state])
+def test_a_damaged_checkpoint_is_passed_over_and_said_to_be(
+    damage: Callable[[Path], None], model_dir: Path, alpaca_file: Path, tmp_path: Path, finished: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    main(flags(model_dir, alpaca_file, out, "--checkpoint.keep", 3))
+    shutil.copytree(out / "adapter", tmp_path / "wanted")
+    wanted = rows(out)
+    shutil.rmtree(out / "adapter")
+    _, tenth, last = checkpoints(out / "checkpoints")
+    damage(last)
+    damage(tenth)
+    capsys.readouterr()
+    main(flags(model_dir, alpaca_file, out))
+    told = capsys.readouterr().out
+    assert told.count("falling back to the one before") == 2
+    assert str(last) in told
+    assert "step_00000005: 5 steps done" in told
+    assert rows(out) == wanted
+    again, whole = (load_file(p / "adapter_model.safetensors") for p in (out / "adapter", tmp_path / "wanted"))
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    # Where it is named, or none is whole, it is refused.
+    shutil.rmtree(out / "adapter")
+    for path in checkpoints(out / "checkpoints"):
+        damage(path)
+    for named in ("auto", path):
+        with pytest.raises(SystemExit):
+            main(flags(model_dir, alpaca_file, out, "--checkpoint.resume", named))
+        assert "no checkpoint before it is whole" in capsys.readouterr().err
+
+
+def test_incomplete_checkpoints_do_not_exist(finished: Path, model_dir: Path, alpaca_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    shard = checkpoints(out / "checkpoints")[-1] / "rank_00000.safetensors"
-    shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(SystemExit):
-        main(flags(model_dir, alpaca_file, out))
-    assert "rank_00000.safetensors is missing or damaged" in capsys.readouterr().err
-
-
-def test_incomplete_checkpoints_do_not_exist(finished: Path, tmp_path: Path) -> None:
-    directory = tmp_path / "checkpoints"
-    shutil.copytree(finished / "checkpoints", directory)
-    assert [p.name for p in checkpoints(directory)] == ["step_00000005", "step_00000010"]
+    directory = out / "checkpoints"
+    assert [p.name for p in checkpoints(directory)] == ["step_00000010"]
     (directory / ".step_00000015.tmp").mkdir()
     (directory / "step_00000020").mkdir()  # never finished: no state.json
-    assert find_checkpoint("auto", directory) == directory / "step_00000010"
-    assert find_checkpoint("none", directory) is None
-    assert find_checkpoint(str(directory / "step_00000005"), tmp_path) == directory / "step_00000005"
+    assert find_checkpoints("auto", directory) == [directory / "step_00000010"]
+    assert find_checkpoints("none", directory) == []
+    assert find_checkpoints(str(directory / "step_00000010"), tmp_path) == [directory / "step_00000010"]
     with pytest.raises(InputError, match="not a checkpoint"):
-        find_checkpoint(str(directory / "step_00000020"), directory)
+        find_checkpoints(str(directory / "step_00000020"), directory)
+    main(flags(model_dir, alpaca_file, out))
+    assert not (directory / ".step_00000015.tmp").exists()  # what a killed writer left
 
 
 def test_only_what_trains_is_saved(finished: Path) -> None:
     """An adapter run's checkpoint holds three tensors of each trained one (and a step count), nothing of the base."""
-    tensors = load_file(checkpoints(finished / "checkpoints")[-1] / "rank_00000.safetensors")
+    tensors = load_file(checkpoints(finished / "checkpoints")[-1] / SHARD)
     assert all(".lora.default." in name for name in tensors)
     assert {name.partition("/")[0] for name in tensors} == {"parameter", "exp_avg", "exp_avg_sq", "step"}
-    keep = [p.name for p in checkpoints(finished / "checkpoints")]
-    assert keep == ["step_00000005", "step_00000010"]
+
+
+def test_the_best_is_kept_beside_the_newest(
+    model_dir: Path, alpaca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = iter([5.0, 3.0, 4.0, 3.5, 2.0, 6.0, 7.0])  # at steps 2, 4, ..., 14
+    extra = ["--data.eval_fraction", 0.2, "--train.eval_every", 2, "--checkpoint.keep", 1, "--checkpoint.every", 100]
+    monkeypatch.setattr(run, "held_out_metrics", lambda *args: {"eval_loss": next(given)})
+    out = tmp_path / "out"
+    kept, saved = [], Checkpoints._write
+
+    def write(self: Checkpoints, parts: Any, state: Any) -> None:
+        saved(self, parts, state)
+        kept.append([int(p.name[-2:]) for p in checkpoints(out / "checkpoints")])
+
+    monkeypatch.setattr(Checkpoints, "_write", write)
+    main(flags(model_dir, alpaca_file, out, *extra, "--train.max_steps", 16))
+    assert kept == [[2], [4], [10], [10, 16]]
+    # A resumed run still knows what the best was.
+    shutil.rmtree(out / "adapter")
+    given = iter([2.5, 1.5])  # at 18 and 20
+    main(flags(model_dir, alpaca_file, out, *extra, "--train.max_steps", 22))
+    assert kept[4:] == [[20], [20, 22]]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    model_dir: Path, alpaca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first write ends only when training is three steps on; the second begins only when the first has ended."""
+    out, events, saved = tmp_path / "out", [], dcp.save
+
+    def slow(*args: Any, **more: Any) -> None:
+        events.append("begins")
+        deadline = time.monotonic() + 60
+        while len(events) == 1 and (out / "metrics.jsonl").read_text().count("\n") < 8:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        saved(*args, **more)
+        events.append("ends")
+
+    monkeypatch.setattr(dcp, "save", slow)
+    main(flags(model_dir, alpaca_file, out))
+    assert events == ["begins", "ends"] * 3
+    monkeypatch.undo()
+    main(flags(model_dir, alpaca_file, tmp_path / "undisturbed"))
+    assert rows(out) == rows(tmp_path / "undisturbed")
+
+
+def test_changes_that_are_safe_can_be_accepted(
+    finished: Path, model_dir: Path, alpaca_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    changed = ("--optim.lr", 1e-3, "--train.batch_size", 2)
+    with pytest.raises(SystemExit):
+        main(flags(model_dir, alpaca_file, out, *changed, "--checkpoint.accept_changes", "optim"))
+    message = capsys.readouterr().err
+    assert "batch was 4, is 2" in message
+    assert "optim" not in message.partition("--checkpoint")[0]
+    assert "--checkpoint.accept_changes batch takes the change on" in message
+    main(flags(model_dir, alpaca_file, out, *changed, "--checkpoint.accept_changes", "optim,batch"))
+    assert "accepted: batch was 4, is 2" in capsys.readouterr().out
+    assert [row["step"] for row in rows(out)] == list(range(1, 13))
+    with pytest.raises(SystemExit):
+        main(flags(model_dir, alpaca_file, tmp_path / "x", "--checkpoint.accept_changes", "architecture"))
+    assert "accept_changes architecture: expected data, optim, order, batch, precision" in capsys.readouterr().err
 
 
 def test_starting_over_leaves_no_checkpoint_of_the_old_run(
@@ -187,7 +285,8 @@ def test_starting_over_leaves_no_checkpoint_of_the_old_run(
     """Or the next `auto` would continue from it. The same when a run continues from an older one than the newest."""
     for flag, left in ((("none"), []), (str(tmp_path / "1" / "checkpoints" / "step_00000005"), ["step_00000005"])):
         out = tmp_path / str(len(left))
-        shutil.copytree(finished, out)
+        main(flags(model_dir, alpaca_file, out, "--checkpoint.keep", 3))
+        shutil.rmtree(out / "adapter")
         main(flags(model_dir, alpaca_file, out, "--checkpoint.resume", flag, "--checkpoint.every", 0))
         assert [p.name for p in checkpoints(out / "checkpoints")] == left
         assert "step_00000010: it is beyond step" in capsys.readouterr().out
@@ -198,19 +297,19 @@ def test_a_full_disk_ends_the_run_and_spares_what_is_there(
     step: int, model_dir: Path, alpaca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    saved = checkpoint.save_file
+    saved = dcp.save
 
-    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        if f"step_{step:08d}" in str(path):
-            path.write_bytes(b"half")
-            raise SafetensorError("No space left on device (os error 28)")
-        saved(tensors, path)
+    def full(parts: Any, storage_writer: Any, **more: Any) -> None:
+        if f"step_{step:08d}" in str(storage_writer.path):
+            (storage_writer.path / "half").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        saved(parts, storage_writer=storage_writer, **more)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(dcp, "save", full)
     with pytest.raises(SystemExit) as stopped:
         main(flags(model_dir, alpaca_file, tmp_path / "out"))
     assert stopped.value.code == 2
-    message = f"step_{step:08d} could not be written: No space left on device"
+    message = f"step_{step:08d} could not be written: [Errno 28] No space left on device; those before it are whole"
     assert message in capsys.readouterr().err
     directory = tmp_path / "out" / "checkpoints"
     assert [p.name for p in directory.iterdir()] == ["step_00000005"] * (step == 10)

@@ -1,0 +1,187 @@
+"""Kill a training run again and again, and see whether its result is still the same to the last bit.
+
+    python -m tools.fault_test --rounds 50
+
+Each round starts the demo with `torchrun` on several processes, kills one of them or all (`kill -9`) at random moments, about
+half of them while a checkpoint is being written, and starts it again until it is done. A killed process is restarted by
+torchrun itself (`--max-restarts`), a killed group by this program. The final weights and the loss of every step must be those
+of an undisturbed run. Prints a table; the exit code says whether all rounds were identical.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from fsdp_train.settings import fail
+from llama import InputError
+
+EVERY = 4  # steps between checkpoints
+SECONDS = 300  # after which a start that does not end is a failure
+
+
+@dataclass
+class Round:
+    """What was done to one run, and what came of it."""
+
+    number: int
+    kills: list[str] = field(default_factory=list)
+    resumed: list[int] = field(default_factory=list)
+    identical: bool = False
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, run all rounds, print their table."""
+    parser = argparse.ArgumentParser(prog="python -m tools.fault_test", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--kills", type=int, default=3, help="at most this many in a round (at least one)")
+    parser.add_argument("--steps", type=int, default=24, help="of each run; there is a checkpoint every 4")
+    parser.add_argument("--seed", type=int, default=0, help="of when and whom to kill")
+    parser.add_argument("flags", nargs="*", help="more settings of the run, after --")
+    options = parser.parse_args(arguments)
+    if min(options.rounds, options.processes, options.kills) < 1 or options.steps <= EVERY:
+        fail(InputError(f"rounds, processes and kills: expected at least 1 each; steps: more than {EVERY}"))
+    with tempfile.TemporaryDirectory(prefix="fault_test_") as directory:
+        rounds = run_rounds(options, Path(directory))
+    good = sum(r.identical for r in rounds)
+    print(f"{good} of {len(rounds)} rounds bit-identical, {sum(len(r.kills) for r in rounds)} kills")
+    sys.exit(good < len(rounds))
+
+
+def run_rounds(options: argparse.Namespace, directory: Path) -> list[Round]:
+    """The undisturbed run, then all rounds, a line for each."""
+    chance = random.Random(options.seed)
+    job = Job(options, directory / "undisturbed")
+    if job.start().wait(SECONDS):
+        raise RuntimeError(f"the undisturbed run failed:\n{job.output()}")
+    wanted = job.result()
+    print(f"{'round':>5}  {'identical':<9}  kills (resumed from step)", flush=True)
+    rounds = []
+    for number in range(1, options.rounds + 1):
+        job, done = Job(options, directory / str(number)), Round(number)
+        try:
+            disturb(job, done, chance, chance.randint(1, options.kills))
+            done.identical = _same(job.result(), wanted)
+        finally:
+            job.kill()
+        done.resumed = [int(step) for step in re.findall(r"resumed from \S+: (\d+) steps", job.output())]
+        answer = "yes" if done.identical else "NO"
+        print(f"{number:>5}  {answer:<9}  {'; '.join(done.kills)} ({', '.join(map(str, done.resumed)) or 'none'})", flush=True)
+        rounds.append(done)
+    return rounds
+
+
+class Job:
+    """One run of the program, started as often as it takes."""
+
+    def __init__(self, options: argparse.Namespace, directory: Path) -> None:
+        directory.mkdir()
+        self.out, self._log = directory / "out", directory / "log.txt"
+        self._command = [
+            *(sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={options.processes}", "--standalone"),
+            *("--max-restarts", "3", "--monitor-interval", "0.1", "-m", "fsdp_train.main", "--train.output_dir", self.out),
+            *("--train.max_steps", options.steps, "--train.batch_size", 8, "--train.exact_match", 0, "--train.samples", 0),
+            *("--checkpoint.every", EVERY, "--log.every", 1, "--optim.warmup_steps", 2, *options.flags),
+        ]
+        self.steps = options.steps
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                list(map(str, self._command)), stdout=log, stderr=log, start_new_session=True
+            )  # fmt: skip
+        return self._process
+
+    def kill(self) -> None:
+        """Everything at once: torchrun and all that it started."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def output(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def workers(self) -> list[int]:
+        """Process ids of the latest start, by rank, from what the run tells about itself."""
+        found = re.findall(r"rank \d+: \S+ pid (\d+) ", self.output().rpartition(" processes:\n")[2])
+        return [int(pid) for pid in found]
+
+    def step(self) -> int:
+        """The last step of which the run has told."""
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        return max((int(found[1]) for line in lines if (found := re.search(r'"step": (\d+)', line))), default=0)
+
+    def is_writing(self) -> bool:
+        return any((self.out / "checkpoints").glob(".step_*.tmp"))
+
+    def result(self) -> tuple[dict[str, torch.Tensor], list[tuple[int, float]]]:
+        """The trained tensors and (step, loss) of each step."""
+        tensors = load_file(next(self.out.glob("*/*.safetensors")))
+        rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        return tensors, [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
+def disturb(job: Job, done: Round, chance: random.Random, kills: int) -> None:
+    """Start, kill `kills` times on the way, wait for the end.
+
+    Raises:
+        RuntimeError: it ends with an error that nobody caused, or not at all.
+    """
+    process = job.start()
+    for _ in range(kills):
+        while_writing, one, at = chance.random() < 0.5, chance.random() < 0.5, chance.randint(1, job.steps - 1)
+        deadline = time.monotonic() + SECONDS
+        while process.poll() is None and not (job.step() >= at and (job.is_writing() or not while_writing) and job.workers()):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"round {done.number} hangs:\n{job.output()}")
+            time.sleep(0.002)
+        if process.poll() is not None:
+            break  # it was faster
+        where = f"step {job.step()}{', writing' if job.is_writing() else ''}"
+        if one:
+            rank = chance.randrange(len(job.workers()))
+            try:
+                os.kill(job.workers()[rank], signal.SIGKILL)
+            except ProcessLookupError:
+                continue  # it had just ended
+            done.kills.append(f"rank {rank} at {where}")
+            told = job.output().count(" processes:\n")
+            while process.poll() is None and job.output().count(" processes:\n") == told and time.monotonic() < deadline:
+                time.sleep(0.01)
+        else:
+            job.kill()
+            done.kills.append(f"all at {where}")
+        if process.poll() is not None:
+            process = job.start()
+    if process.wait(SECONDS):
+        raise RuntimeError(f"round {done.number} failed:\n{job.output()}")
+
+
+def _same(
+    one: tuple[dict[str, torch.Tensor], list[tuple[int, float]]], other: tuple[dict[str, torch.Tensor], list[tuple[int, float]]]
+) -> bool:
+    (a, losses), (b, wanted) = one, other
+    return losses == wanted and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+if __name__ == "__main__":
+    main()
