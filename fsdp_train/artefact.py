@@ -63,6 +63,8 @@ class Artefact:
             raise InputError(
                 f"--train.output_dir {self.path.parent}: the run needs {needed / 1e9:.2f} GB there (the result"
                 f" {self.expected_bytes / 1e9:.2f}, checkpoints {checkpoint_bytes / 1e9:.2f}), {free / 1e9:.2f} GB are free"
+                + " (--checkpoint.every 0 writes no checkpoints)"
+                * (checkpoint_bytes > 0)
             )
 
     def rehearse(self, model: nn.Module) -> float:

@@ -35,6 +35,7 @@ from peft_impl import (
     select_parameters,
     train_only,
 )
+from peft_impl.adapters import materialise_adapter
 from peft_impl.freeze import layer_of
 from peft_impl.peft_files import read_adapter
 
@@ -201,6 +202,7 @@ def build_model(
         load_adapter(model, finetune.from_adapter, trainable=True)
     elif finetune.method in ADAPTER_METHODS:
         add_adapter(model, adapter_config(finetune), seed=seed)
+        materialise_adapter(model)
     return model, filler(model, weights) if weights is not None else lambda module: None
 
 

@@ -13,34 +13,26 @@ import hashlib
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint import (
-    DefaultLoadPlanner,
-    DefaultSavePlanner,
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from fsdp_train.data import Dataset
 from fsdp_train.optim import LossScaler, Optimizer
-from fsdp_train.parallel import pieces
+from fsdp_train.parts import MOMENTS, Part, Reads, Writes, cause_of, digest_of, parts_of, pieces, rank_of
 from fsdp_train.settings import option
 from fsdp_train.world import World
 from llama.errors import InputError, nearest
 from llama.files import read_json, write_json
 
 STATE_FILE = "state.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 MAY_CHANGE = ("data", "optim", "order", "batch", "precision")
 
 
@@ -78,79 +70,6 @@ def data_fingerprint(data: Dataset) -> str:
     return digest.hexdigest()
 
 
-# --- parts of tensors ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Part:
-    """`values` are elements `start` ... of a tensor of `size` elements, laid out in a row."""
-
-    values: Tensor
-    start: int
-    size: int
-
-    def chunk(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(torch.Size([self.start]), self.values.shape)
-
-
-def _parts(model: nn.Module, optimizer: Optimizer) -> dict[str, Part]:
-    """This process's part of all that trains and its optimizer state, as views. There is no state yet for what gradual
-    unfreezing has not reached, and before the first step."""
-    known = {p for group in optimizer.param_groups for p in group["params"]}
-    found = {}
-    for piece in pieces(model):
-        if piece.held not in known:
-            continue
-        state = optimizer.state.get(piece.held, {})
-        for kind, tensor in (("parameter", piece.held.detach()), *((key, state[key]) for key in MOMENTS if key in state)):
-            found[f"{kind}/{piece.name}"] = Part(piece.of(tensor), piece.start, piece.size)
-        if piece.start == 0 and "step" in state:
-            found[f"step/{piece.name}"] = Part(state["step"].view(1), 0, 1)
-    return found
-
-
-class _Writes(DefaultSavePlanner):
-    """Plans to write `Part`s. What several processes hold alike is written by one of them."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([self._item(key, part) for key, part in self.state_dict.items()])
-        return self.plan
-
-    @staticmethod
-    def _item(key: str, part: Part) -> WriteItem:
-        data = TensorWriteData(part.chunk(), TensorProperties.create_from_tensor(part.values), torch.Size([part.size]))
-        return WriteItem(MetadataIndex(key, data.chunk.offsets), WriteItemType.SHARD, tensor_data=data)
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        found: Part = self.state_dict[index.fqn]
-        return found.values
-
-
-class _Reads(DefaultLoadPlanner):
-    """Plans to read `Part`s, each out of whatever parts were written."""
-
-    def set_up_planner(self, state_dict: dict[str, Any], metadata: Any = None, is_coordinator: bool = False) -> None:
-        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        stored: Any = self.metadata.state_dict_metadata
-        return LoadPlan(
-            [
-                item
-                for key, part in self.state_dict.items()
-                for item in create_read_items_for_chunk_list(key, stored[key], [part.chunk()])
-            ]
-        )
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        found: Part = self.state_dict[index.fqn]
-        return found.values
-
-
 # --- checkpoints of a run -----------------------------------------------------------------------------------------------
 
 
@@ -184,7 +103,7 @@ class Checkpoints:
         self.finish()
         copies = {
             key: Part(part.values.to("cpu", copy=True), part.start, part.size)
-            for key, part in _parts(self.model, self.optimizer).items()
+            for key, part in parts_of(self.model, self.optimizer).items()
         }
         if self.is_best(eval_loss):
             self._best = eval_loss
@@ -231,30 +150,37 @@ class Checkpoints:
         """In a thread, over a group of its own: training's messages do not wait for these."""
         final = self.directory / f"step_{state['step']:08d}"
         temporary = self.directory / f".{final.name}.tmp"
+        world, writer = self.world, HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         try:
-            if self.world.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-            writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-            dcp.save(
-                parts, storage_writer=writer, planner=_Writes(), process_group=self.world.quiet, no_dist=self.world.size == 1
-            )
-            mine = [p for p in temporary.glob("*.safetensors") if _rank_of(p) == self.world.rank]
-            state["files"] = {
-                name: digest
-                for found in self.world.gather({p.name: _digest(p) for p in mine}, self.world.quiet)
-                for name, digest in found.items()
-            }
-            if self.world.rank == 0:
-                write_json(temporary / STATE_FILE, state)
-                if final.exists():  # one that was damaged, or of a run that was resumed from before it
-                    shutil.rmtree(final)
-                temporary.rename(final)
-                self._remove_old()
+            with self._together():
+                if world.rank == 0:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    temporary.mkdir(parents=True)
+            dcp.save(parts, storage_writer=writer, planner=Writes(), process_group=world.quiet, no_dist=world.size == 1)
+            mine: dict[str, str] = {}
+            with self._together():
+                mine = {p.name: digest_of(p) for p in temporary.glob("*.safetensors") if rank_of(p) == world.rank}
+            state["files"] = {name: d for found in world.gather(mine, world.quiet) for name, d in found.items()}
+            with self._together():
+                if world.rank == 0:
+                    write_json(temporary / STATE_FILE, state)
+                    if final.exists():  # one that was damaged, or of a run that was resumed from before it
+                        shutil.rmtree(final)
+                    temporary.rename(final)
+                    self._remove_old()
         except Exception as error:
-            self._error = f"the checkpoint {final} could not be written: {_cause(error)}; those before it are whole"
-            if self.world.rank == 0:
+            self._error = f"the checkpoint {final} could not be written: {cause_of(error)}; those before it are whole"
+            if world.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """What one process cannot write, all of them know."""
+        with self.world.together(self.world.quiet):
+            try:
+                yield
+            except OSError as error:
+                raise InputError(str(error)) from None
 
     def _remove_old(self) -> None:
         found = checkpoints(self.directory)
@@ -278,22 +204,27 @@ class Checkpoints:
             damage = ""
             try:
                 state = _state_of(path)
-                _verify(path, state, self.world)
-            except (InputError, OSError) as error:
+            except InputError as error:
                 damage = str(error)
-            if damage := next((d for d in self.world.gather(damage) if d), ""):
-                if path is wanted[-1]:
-                    raise InputError(f"{damage}; no checkpoint before it is whole. --checkpoint.resume none starts over")
-                self.tell(f"{damage}; falling back to the one before")
-                continue
-            with self.world.together():
-                self._check_identity(path, state)
-            self._load(path)
-            self.scaler.load(state["loss_scale"])
-            self._best = state["best"]
-            self.tell(f"resumed from {path}: {state['step']:,} steps done")
-            return int(state["step"])
+            damage = self._first(damage)
+            if not damage:
+                with self.world.together():
+                    self._check_identity(path, state)
+                damage = self._first(_damage(path, state, self.world))
+            if not damage:
+                self._load(path)
+                self.scaler.load(state["loss_scale"])
+                self._best = state["best"]
+                self.tell(f"resumed from {path}: {state['step']:,} steps done")
+                return int(state["step"])
+            if path is wanted[-1]:
+                raise InputError(f"{damage}; no checkpoint before it is whole. --checkpoint.resume none starts over")
+            self.tell(f"{damage}; falling back to the one before")
         return 0
+
+    def _first(self, text: str) -> str:
+        """The first text that is not empty, of all processes."""
+        return next((one for one in self.world.gather(text) if one), "")
 
     def _check_identity(self, path: Path, state: dict[str, Any]) -> None:
         saved = state["identity"]
@@ -317,7 +248,7 @@ class Checkpoints:
             if f"exp_avg/{piece.name}" in stored and piece.held not in self.optimizer.state:
                 zeros = {key: torch.zeros_like(piece.held) for key in MOMENTS}
                 self.optimizer.state[piece.held] = {"step": torch.zeros((), device=zeros["exp_avg"].device), **zeros}
-        parts = _parts(self.model, self.optimizer)
+        parts = parts_of(self.model, self.optimizer)
         for piece in own:  # a parameter that began on another process has its count of steps here too
             if piece.held in self.optimizer.state:
                 parts[f"step/{piece.name}"] = Part(self.optimizer.state[piece.held]["step"].view(1), 0, 1)
@@ -326,7 +257,7 @@ class Checkpoints:
                 found: Any = stored.get(key)
                 if found is None or sum(chunk.sizes[0] for chunk in found.chunks) != part.size:
                     raise InputError(f"{path} does not fit this model: {key} is missing, incomplete or of another size")
-        dcp.load(parts, storage_reader=reader, planner=_Reads(), process_group=self.world.quiet, no_dist=self.world.size == 1)
+        dcp.load(parts, storage_reader=reader, planner=Reads(), process_group=self.world.quiet, no_dist=self.world.size == 1)
 
 
 def _state_of(path: Path) -> dict[str, Any]:
@@ -336,42 +267,20 @@ def _state_of(path: Path) -> dict[str, Any]:
     return state
 
 
-def _verify(path: Path, state: dict[str, Any], world: World) -> None:
-    """Compare the files with what was written, each process some of them.
-
-    Raises:
-        InputError: one is missing, or has changed.
-    """
+def _damage(path: Path, state: dict[str, Any], world: World) -> str:
+    """What is missing or has changed since it was written, of the files that this process looks at; all look at all."""
     for name, digest in list(state["files"].items())[world.rank :: world.size]:
         file = path / Path(name).name
-        if not file.is_file() or _digest(file) != digest:
-            raise InputError(f"{file} is missing or damaged")
+        if not file.is_file() or digest_of(file) != digest:
+            return f"{file} is missing or damaged"
+    return ""
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _rank_of(path: Path) -> int:
-    """Which process wrote a file of `HuggingFaceStorageWriter`."""
-    found = re.match(r"shard-(\d+)-", path.name)
-    assert found is not None, path
-    return int(found[1]) - 1
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost reason: DCP wraps what went wrong on each process."""
-    failures = getattr(error, "failures", None)
-    inner = next(iter(failures.values()))[0] if failures else error.__cause__
-    return _cause(inner) if inner is not None else str(error)
-
-
-def room_for(config: CheckpointConfig, directory: Path, trained: int, total_steps: int) -> int:
+def room_for(config: CheckpointConfig, directory: Path, trained: int, total_steps: int, evaluations: int) -> int:
     """Bytes that the checkpoints still to come take at once: for each trained number itself and two moments, in fp32. The best
-    one is kept beside the newest, and the next is written before the oldest goes."""
-    due = 0 if not config.every else -(-total_steps // config.every)
-    return 12 * trained * max(0, min(due, config.keep + 2) - len(checkpoints(directory)))
+    one stays beside the newest, and the next is written before the oldest goes."""
+    due = -(-total_steps // config.every) + evaluations if config.every else 0
+    return 12 * trained * max(0, min(due, config.keep + 1 + (evaluations > 0)) - len(checkpoints(directory)))
 
 
 def drop_later(directory: Path, step: int) -> list[Path]:

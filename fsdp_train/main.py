@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except NonFiniteError as error:
         fail(error, 3)
     except (Stopped, KeyboardInterrupt) as error:
-        how = f"{error or 'interrupted'}; the same command, with its --train.output_dir, continues from the newest checkpoint"
-        fail(how, 128 + getattr(error, "signal", 2))
+        what_next = "the same command, with its --train.output_dir, continues from the newest checkpoint"
+        fail(f"{str(error) or 'interrupted'}; {what_next}", 128 + getattr(error, "signal", 2))
     except PeerError as error:
         fail(error, 1)
     except Exception as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -235,50 +234,14 @@ def plain_name(name: str) -> str:
     return name.removeprefix("module.")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """What this process holds of one parameter of the plain model: `count` of its `size` elements, laid out in a row, from
-    `start`. They stand at `offset` in the local, flattened part of `held`, which is the parameter that the optimizer knows."""
-
-    name: str
-    size: int
-    start: int
-    count: int
-    held: nn.Parameter
-    offset: int = 0
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The same elements of a tensor that is laid out like `held`: itself, its gradient, its optimizer state. A view."""
-        return local_part(tensor).view(-1)[self.offset : self.offset + self.count]
-
-
-def pieces(model: nn.Module) -> Iterator[Piece]:
-    """Of every parameter, in the model's order, whatever the strategy; without those of which nothing is here."""
-    _spread(model)
-    for name, parameter in model.named_parameters():
-        if "_flat_param" in name:
-            flat = cast(Any, parameter)
-            for fqn, size, part in zip(flat._fqns, flat._numels, flat._shard_param_infos, strict=True):
-                if part.in_shard:
-                    whole = plain_name(name.removesuffix("_flat_param") + fqn)
-                    yield Piece(whole, size, part.intra_param_start_idx, part.numel_in_shard, parameter, part.offset_in_shard)
-            continue
-        start, count = 0, local_part(parameter).numel()
-        if isinstance(parameter, DTensor):
-            shape, mesh = parameter.shape, parameter.device_mesh
-            start = -(-shape[0] // mesh.size(-1)) * mesh.get_local_rank(mesh.ndim - 1) * (parameter.numel() // shape[0])
-        if count:
-            yield Piece(plain_name(name), parameter.numel(), start, count, parameter)
-
-
 def held_bytes(model: nn.Module) -> int:
     """Bytes of parameters on this process, counted from the tensors, padding included."""
-    _spread(model)
+    spread_again(model)
     parts = [local_part(p) for p in model.parameters()]
     return sum(part.numel() * part.itemsize for part in parts)
 
 
-def _spread(model: nn.Module) -> None:
+def spread_again(model: nn.Module) -> None:
     """Spread again what `fully_shard` may have left gathered after a forward pass without a backward."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -301,7 +264,7 @@ def trained_tensors(model: nn.Module, world: World) -> Iterator[tuple[str, Tenso
                             # The storage is freed when the unit is spread again.
                             yield plain_name(own), parameter.detach().to("cpu", copy=True)
         return
-    _spread(model)
+    spread_again(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             whole = parameter.detach()
@@ -320,7 +283,7 @@ def full_trainable_state(model: nn.Module, world: World) -> dict[str, Tensor]:
 def frozen_checksum(model: nn.Module, world: World) -> str:
     """The sum, modulo 2^64, of the bit patterns of all frozen elements, the same for every sharding (which pads with zeros).
     Equal before and after training, or something wrote where nothing may. All processes must call it."""
-    _spread(model)
+    spread_again(model)
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     mine = 0
     for parameter in model.parameters():

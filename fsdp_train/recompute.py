@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict, deque
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     CheckpointWrapper,
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from llama.model import DecoderLayer
 
 _ATEN = torch.ops.aten
-KEPT = [  # what takes the time: matrix products and attention, in whatever kernel they run
+KEPT = {  # what takes the time: matrix products and attention, in whatever kernel they run
     *(_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default, _ATEN.linear.default),
     *(_ATEN._scaled_dot_product_flash_attention_for_cpu.default, _ATEN._scaled_dot_product_flash_attention.default),
     *(_ATEN._scaled_dot_product_efficient_attention.default, _ATEN._scaled_dot_product_cudnn_attention.default),
-]
+}
 
 
 def checkpoint_activations(model: nn.Module, kind: str) -> None:
@@ -35,14 +37,39 @@ def checkpoint_activations(model: nn.Module, kind: str) -> None:
         kind: "full" stores a layer's input only, and costs a second forward pass; "selective" keeps the outputs of matrix
             products and attention too, and computes again only what lies between them.
     """
-    context: dict[str, Any] = {}
-    if kind == "selective":
-        context["context_fn"] = functools.partial(create_selective_checkpoint_contexts, KEPT)
+    context: dict[str, Any] = {"context_fn": _keep_and_reuse} if kind == "selective" else {}
     apply_activation_checkpointing(
         model,
         checkpoint_wrapper_fn=functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT, **context),
         check_fn=lambda module: isinstance(module, DecoderLayer),
     )
+
+
+class _Keep(TorchDispatchMode):
+    """Stores what the operations in `KEPT` give. (torch's own form of this counts all operations, and FSDP gathers a unit
+    within a layer by others in backward than in forward.)"""
+
+    def __init__(self, kept: dict[Any, deque[Any]]) -> None:
+        super().__init__()
+        self._kept = kept
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in KEPT:
+            self._kept[function].append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, result))
+        return result
+
+
+class _Reuse(_Keep):
+    """Gives them back, in the same order."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._kept[function].popleft() if function in KEPT else function(*args, **(kwargs or {}))
+
+
+def _keep_and_reuse() -> tuple[_Keep, _Reuse]:
+    kept: dict[Any, deque[Any]] = defaultdict(deque)
+    return _Keep(kept), _Reuse(kept)
 
 
 def wrappers(model: nn.Module) -> dict[nn.Module, nn.Module]:

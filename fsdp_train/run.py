@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,10 +177,11 @@ class Run:
     def _open_output(self) -> None:
         """Rehearse what the user keeps, and only then put this run in the place of what its directory may hold."""
         saved, steps = self.output / "checkpoints", self.inputs.total_steps
+        evaluations = (steps - 1) // self.config.train.eval_every if self.config.train.eval_every else 0
         with self._writing():
             self.output.mkdir(parents=True, exist_ok=True)
             if self.world.rank == 0:
-                self.artefact.check_room(room_for(self.config.checkpoint, saved, self.trainable, steps))
+                self.artefact.check_room(room_for(self.config.checkpoint, saved, self.trainable, steps, evaluations))
         if self.first_step == 0:
             with self._writing():
                 seconds = self.artefact.rehearse(self.model_wrapped)
@@ -194,6 +196,12 @@ class Run:
                     self.tell(f"removed {path}: it is beyond step {self.first_step}, where this run starts")
                 if self.ranking:
                     save_ranking(self.ranking, self.output)
+        with self._writing():
+            if not (self.output / "config.toml").is_file():
+                raise InputError(
+                    f"--train.output_dir {self.output}: what rank 0 writes there, rank {self.world.rank} on"
+                    f" {socket.gethostname()} does not see; give a directory on a file system that all hosts share"
+                )
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -76,14 +76,14 @@ class World:
             raise InputError(f"waited {self.timeout} s (--parallel.timeout) for all processes, {name}: {error}") from None
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, group: Any = None) -> Iterator[None]:
         """An InputError inside, on any process, is raised on all of them: they end together, with one message."""
         error = None
         try:
             yield
         except InputError as found:
             error = str(found)
-        first = next((e for e in self.gather(error) if e is not None), None)
+        first = next((e for e in self.gather(error, group) if e is not None), None)
         if first is not None:
             raise InputError(first)
 

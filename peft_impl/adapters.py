@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -162,8 +162,8 @@ def add_adapter(model: Llama, config: Any, name: str = "default", seed: int = 0)
     """Attach a new adapter, trainable and active, and freeze the base; the model stays as it was when that is refused.
 
     The base's parameter names and bits stay as they are. The start depends on `seed` and each module's path only, so it
-    is the same on every process and for every order of construction. On a base that is on the meta device its own parameters
-    are real, on the CPU (except whole copies of the base's modules, and not for DoRA, which starts from the base's values).
+    is the same on every process and for every order of construction. On a base that is on the meta device it is there, too,
+    until `materialise_adapter`.
 
     Raises:
         InputError: the name is taken or unusable, the configuration does not fit the model, or an adapter is merged.
@@ -192,11 +192,25 @@ def add_adapter(model: Llama, config: Any, name: str = "default", seed: int = 0)
             parameter.requires_grad_(True)
         raise
     for path, leaf in leaves.items():
-        if any(parameter.is_meta for parameter in leaf.parameters()):
-            leaf.to_empty(device="cpu")
         leaf.reset_parameters(_generator(seed, path))
     state.configs[name], state.seeds[name] = config, seed
     state.choose(name)
+
+
+def materialise_adapter(model: nn.Module, name: str = "default") -> None:
+    """Give an adapter of a base on the meta device its start, on the CPU. What it starts from the base's values (DoRA, whole
+    copies of modules) is left where the base is."""
+    for path, leaf in _leaves(model, name):
+        if any(parameter.is_meta for parameter in leaf.parameters()):
+            leaf.to_empty(device="cpu")
+            leaf.reset_parameters(_generator(adapters_of(model).seeds[name], path))
+
+
+def _leaves(model: nn.Module, name: str) -> Iterator[tuple[str, AdapterLeaf]]:
+    """An adapter's leaves by the paths of the modules that they were added to."""
+    for path, leaf in model.named_modules():
+        if isinstance(leaf, AdapterLeaf) and path.endswith(f".{name}"):
+            yield path.rsplit(".", 2)[0], leaf
 
 
 def _generator(seed: int, path: str) -> torch.Generator:
@@ -207,15 +221,14 @@ def _generator(seed: int, path: str) -> torch.Generator:
 @torch.no_grad()
 def is_untrained(model: nn.Module, name: str) -> bool:
     """Whether every leaf of adapter `name` is still what `add_adapter` made it: it draws each start again and compares."""
-    for path, leaf in model.named_modules():
-        if isinstance(leaf, AdapterLeaf) and path.endswith(f".{name}"):
-            now = [parameter.clone() for parameter in leaf.parameters()]
-            leaf.reset_parameters(_generator(adapters_of(model).seeds[name], path.rsplit(".", 2)[0]))
-            same = all(torch.equal(a, b) for a, b in zip(now, leaf.parameters(), strict=True))
-            for parameter, value in zip(leaf.parameters(), now, strict=True):
-                parameter.copy_(value)
-            if not same:
-                return False
+    for path, leaf in _leaves(model, name):
+        now = [parameter.clone() for parameter in leaf.parameters()]
+        leaf.reset_parameters(_generator(adapters_of(model).seeds[name], path))
+        same = all(torch.equal(a, b) for a, b in zip(now, leaf.parameters(), strict=True))
+        for parameter, value in zip(leaf.parameters(), now, strict=True):
+            parameter.copy_(value)
+        if not same:
+            return False
     return True
 
 

@@ -136,7 +136,7 @@ def load_adapter(model: Llama, path: str | os.PathLike[str], name: str = "defaul
         warnings.warn(f"{path}: the adapter has no effect: {reason}", stacklevel=2)
     with torch.no_grad():
         for own, tensor in method.unpack(model, name, tensors).items():
-            if parameters[own].is_meta:  # a copy of a module of a base without values
+            if parameters[own].is_meta:  # of a base without values
                 owner, _, key = own.rpartition(".")
                 parameters[own] = nn.Parameter(torch.empty_like(parameters[own], device="cpu"))
                 setattr(model.get_submodule(owner), key, parameters[own])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import torch
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parents[1]
+PRELOADED = ["fsdp_train.main", "torch.distributed.fsdp", "tests.oracle"]  # once, in the server that workers are forked from
 SECONDS = 240  # after which a hanging job is a failure
 
 
@@ -46,7 +48,9 @@ def spawn(processes: int, worker: Callable[..., Any], *arguments: Any, tmp_path:
     Workers return tensors, numbers and containers of them. A worker opens `process_group` once: a second one would meet at
     the same port, where a process that is early finds the first group's server still there, and waits for ever.
     """
-    context = mp.spawn(_entry, (processes, free_port(), tmp_path, worker, arguments), nprocs=processes, join=False)
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    given = (processes, free_port(), tmp_path, worker, arguments)
+    context = mp.start_processes(_entry, given, nprocs=processes, join=False, start_method="forkserver")
     deadline = time.monotonic() + SECONDS
     while not context.join(timeout=1):
         if time.monotonic() > deadline:
@@ -59,11 +63,14 @@ def spawn(processes: int, worker: Callable[..., Any], *arguments: Any, tmp_path:
 def _entry(
     rank: int, processes: int, port: int, tmp_path: Path, worker: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(processes),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+    os.environ.update(environment(rank, processes, port))
     torch.save(worker(rank, *arguments), tmp_path / f"result_{rank}.pt")
+
+
+def environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process of one host."""
+    numbers = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
 
 
 def free_port() -> int:

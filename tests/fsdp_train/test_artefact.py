@@ -143,7 +143,7 @@ def test_the_disk_must_have_room_for_the_result_and_the_checkpoints(
     result = sum(t.nbytes for t in tensors.values())
     trained = sum(t.numel() for name, t in tensors.items() if trains(name))
     out = tmp_path / "out"
-    for every, together in ((0, 0), (1, 3), (3, 1), (6, 0)):  # of 6 steps; the last one needs no checkpoint
+    for every, together in ((0, 0), (1, 3), (3, 2), (9, 1)):  # of 6 steps; one at the end in any case
         more = ("--train.max_steps", 6, "--checkpoint.every", every, "--checkpoint.resume", "none")
         needed = result + 12 * trained * together
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=needed - 1: Usage(10**12, 0, free))
@@ -153,13 +153,15 @@ def test_the_disk_must_have_room_for_the_result_and_the_checkpoints(
         assert stopped.value.code == 2
         assert said.err == (
             f"error: --train.output_dir {out}: the run needs {needed / 1e9:.2f} GB there (the result {result / 1e9:.2f},"
-            f" checkpoints {12 * trained * together / 1e9:.2f}), {(needed - 1) / 1e9:.2f} GB are free\n"
+            f" checkpoints {12 * trained * together / 1e9:.2f}), {(needed - 1) / 1e9:.2f} GB are free"
+            + " (--checkpoint.every 0 writes no checkpoints)" * (every > 0)
+            + "\n"
         )
         assert "step 1/" not in said.out
         assert not {"model", "checkpoints", ".rehearsal"} & set(files_below(out))
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=needed: Usage(10**12, 0, free))
         main(flags(model_dir, alpaca_file, out, *more))  # the same command, with a byte more
-        files = [path / "rank_00000.safetensors" for path in checkpoints(out / "checkpoints")]
+        files = [path / "shard-00001-model-00001-of-00001.safetensors" for path in checkpoints(out / "checkpoints")]
         written = sum(t.nbytes for file in files for t in load_file(file).values())
         steps = 4 * sum(map(trains, tensors))  # AdamW's count of steps, per tensor
         kept = min(together, 2)
@@ -170,11 +172,13 @@ def test_the_disk_must_have_room_for_the_result_and_the_checkpoints(
 def test_a_resumed_run_needs_room_for_what_is_still_to_come(tmp_path: Path) -> None:
     config = CheckpointConfig(every=10, keep=2)
     for existing, needed in ((0, 3), (1, 2), (2, 1), (3, 0)):
-        assert room_for(config, tmp_path, 1000, 100) == 12_000 * needed
+        assert room_for(config, tmp_path, 1000, 100, 0) == 12_000 * needed
+        assert room_for(config, tmp_path, 1000, 100, 5) == 12_000 * (needed + 1)  # and the best
         path = tmp_path / f"step_{existing + 1:08d}"
         path.mkdir()
         (path / "state.json").write_text("{}")
-    assert room_for(CheckpointConfig(every=0), tmp_path, 1000, 100) == 0
+    assert room_for(CheckpointConfig(every=0), tmp_path, 1000, 100, 5) == 0
+    assert room_for(CheckpointConfig(every=99, keep=9), tmp_path / "x", 1000, 100, 0) == 24_000  # on the way, and at the end
 
 
 @pytest.mark.parametrize("method", ["partial", "lora"])
@@ -194,7 +198,12 @@ def test_a_disk_that_fills_up_ends_the_run_before_its_first_step(
     assert "step 1/" not in said.out
     assert not out.exists()
     main(command)
-    assert {p.name for p in out.iterdir()} == {"config.toml", "metrics.jsonl", "adapter" if method == "lora" else "model"}
+    assert {p.name for p in out.iterdir()} == {
+        "config.toml",
+        "metrics.jsonl",
+        "checkpoints",
+        "adapter" if method == "lora" else "model",
+    }
 
 
 def test_a_directory_that_takes_no_other_ends_the_run_before_its_first_step(
@@ -219,7 +228,7 @@ def test_a_rehearsal_that_was_killed_is_in_nobodys_way(model_dir: Path, alpaca_f
     (tmp_path / "out" / ".rehearsal").mkdir(parents=True)
     (tmp_path / "out" / ".rehearsal" / WEIGHTS).write_bytes(b"half")
     main(flags(model_dir, alpaca_file, tmp_path / "out"))
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.toml", "metrics.jsonl", "model"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.toml", "metrics.jsonl", "checkpoints", "model"}
 
 
 def test_a_run_that_is_refused_spares_the_one_before(

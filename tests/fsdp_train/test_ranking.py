@@ -170,7 +170,7 @@ def test_a_run_trains_the_layers_that_it_chose_and_says_so(
     assert re.findall(r"layer +(\d+) .* trains ", said) == [str(layer) for layer in sorted(chosen)]
     assert (tmp_path / "out" / "layer_ranking.png").read_bytes().startswith(b"\x89PNG")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "config.toml", "layer_ranking.csv", "layer_ranking.png", "metrics.jsonl", "model"
+        "checkpoints", "config.toml", "layer_ranking.csv", "layer_ranking.png", "metrics.jsonl", "model"
     }  # fmt: skip
     before, after = (load_file(path / "model.safetensors") for path in (model_dir, tmp_path / "out" / "model"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}

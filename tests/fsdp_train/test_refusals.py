@@ -208,7 +208,10 @@ PATHS: dict[str, dict[str, tuple[Callable[[Place], object], str]]] = {
         "nothing": (lambda p: p.tmp / "step_00000005", "not a checkpoint (no state.json); expected auto, none or"),
         "something else": (lambda p: p.adapter(), "adapter: not a checkpoint (no state.json)"),
         "no state": (lambda p: p.checkpoint({}), "state.json is not the state of a checkpoint"),
-        "another run": (lambda p: p.checkpoint({"step": 5, "world": 1, "identity": {"data": "x"}}), "belongs to another run: "),
+        "another run": (
+            lambda p: p.checkpoint({"step": 5, "files": {}, "loss_scale": [1, 0], "identity": {"data": "x"}}),
+            "belongs to another run: ",
+        ),
     },
     "config": {
         "nothing": (lambda p: p.tmp / "nothing.toml", "nothing.toml: cannot be read"),

@@ -47,7 +47,7 @@ def test_lora_leaves_a_peft_adapter(
         ]
     )  # fmt: skip
     said = capsys.readouterr().out
-    assert {p.name for p in out.iterdir()} == {"adapter", "config.toml", "metrics.jsonl"}
+    assert {p.name for p in out.iterdir()} == {"adapter", "checkpoints", "config.toml", "metrics.jsonl"}
     assert {p.name for p in (out / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     trained = [row for row in rows(out) if "loss" in row]
     evaluated = [row for row in rows(out) if "eval_loss" in row]
