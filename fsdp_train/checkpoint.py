@@ -168,7 +168,7 @@ class Checkpoints:
                         shutil.rmtree(final)
                     temporary.rename(final)
                     self._remove_old()
-        except Exception as error:
+        except BaseException as error:  # DCP's own errors are not Exceptions
             self._error = f"the checkpoint {final} could not be written: {cause_of(error)}; those before it are whole"
             if world.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed import TCPStore
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from fsdp_train.checkpoint import checkpoints
@@ -48,11 +49,11 @@ def raise_(error: BaseException) -> None:
 
 
 def a_bad_sample() -> None:
-    at_call(3, lambda: raise_(ValueError("sample 7 makes no sense")))
+    at_call(5, lambda: raise_(ValueError("sample 7 makes no sense")))
 
 
 def a_refusal_of_one() -> None:
-    at_call(3, lambda: raise_(InputError("only this process cannot go on")))
+    at_call(5, lambda: raise_(InputError("only this process cannot go on")))
 
 
 def a_loss_that_is_not_finite() -> None:
@@ -84,11 +85,11 @@ def a_full_disk_at_the_end() -> None:
 
 
 def a_kill() -> None:
-    at_call(3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    at_call(5, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def a_sleep() -> None:
-    at_call(3, lambda: time.sleep(600))
+    at_call(5, lambda: time.sleep(600))
 
 
 def a_late_start() -> None:
@@ -99,7 +100,7 @@ CASES: dict[str, tuple[Callable[[], None], int, list[int | None], str]] = {  # w
     "bad sample": (a_bad_sample, 1, [1, 1], "error: ValueError: sample 7 makes no sense"),
     "bad sample on rank 0": (a_bad_sample, 0, [1, 1], "error: ValueError: sample 7 makes no sense"),
     "refusal of one": (a_refusal_of_one, 1, [1, 2], "error: only this process cannot go on"),
-    "not finite": (a_loss_that_is_not_finite, 1, [3, 3], "error: step 3: the loss is nan, from the samples of rank 1: "),
+    "not finite": (a_loss_that_is_not_finite, 1, [3, 3], "error: step 5: the loss is nan, from the samples of rank 1: "),
     "full disk": (a_full_disk, 0, [2, 2], "No space left on device; those before it are whole"),
     "full disk elsewhere": (a_full_disk, 1, [2, 2], "No space left on device; those before it are whole"),
     "full disk at the end": (a_full_disk_at_the_end, 0, [2, 2], "No space left on device; those before it are whole"),
@@ -118,6 +119,8 @@ CASES: dict[str, tuple[Callable[[], None], int, list[int | None], str]] = {  # w
 def worker(rank: int, port: int, case: str, arguments: list[str], out: Path) -> None:
     """One process of a run whose output goes into a file."""
     os.environ.update(environment(rank, 2, port))
+    # As under torchrun, whose agent holds the store: it outlives every process.
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     file = os.open(out / f"stderr_{rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(file, 2)
     sys.stderr = os.fdopen(2, "w", buffering=1)
@@ -140,6 +143,7 @@ def test_one_failure_ends_all_with_one_cause(case: str, model_dir: Path, alpaca_
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     port = free_port()
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     processes = [
         context.Process(target=worker, args=(rank, port, case, list(map(str, arguments)), tmp_path)) for rank in range(2)
     ]
@@ -153,6 +157,7 @@ def test_one_failure_ends_all_with_one_cause(case: str, model_dir: Path, alpaca_
     for process in processes:
         process.kill()
         process.join()
+    del store
     printed = [(tmp_path / f"stderr_{rank}").read_text() for rank in range(2)]
     assert found == codes, printed
     errors = [line for text in printed for line in text.splitlines() if line.startswith("error: ")]
@@ -165,7 +170,7 @@ def test_one_failure_ends_all_with_one_cause(case: str, model_dir: Path, alpaca_
         assert "Traceback" not in "".join(printed)
     # What was saved before is whole, and the same command goes on from there.
     left = [p.name for p in checkpoints(tmp_path / "out" / "checkpoints")]
-    assert left == ([] if "disk" in case or "late" in case else ["step_00000002"])
+    assert left[:1] == ([] if "disk" in case or "late" in case else ["step_00000002"])
 
 
 # --- signals ------------------------------------------------------------------------------------------------------------
