@@ -18,7 +18,7 @@ from fsdp_train.strategy import ParallelConfig
 from fsdp_train.world import process_group
 from tests.launch import spawn
 
-STEPS, CUT, BATCH = 12, 5, 4  # about five steps per epoch: the cut is in the middle of one
+STEPS, CUT, BATCH = 5, 2, 4  # 2.5 steps per epoch: the cut is in the middle of one
 SAME = 1e-6  # per step and element, fp32: the bound; other orders of summation
 FORMS = {
     "none": (),
@@ -40,8 +40,7 @@ PAIRS = {
 }  # fmt: skip
 METHODS = {
     "full": ("--finetune.method", "full", "--optim.lr", 1e-4),
-    "lora": ("--finetune.lora.target_modules", "all-linear", "--finetune.lora.modules_to_save", "lm_head", "--optim.lr", 1e-4),
-    "prefix": ("--finetune.method", "prefix", "--finetune.prefix.num_virtual_tokens", 4, "--optim.lr", 1e-3),
+    "lora": ("--finetune.lora.modules_to_save", "lm_head", "--optim.lr", 1e-4),
 }
 
 
