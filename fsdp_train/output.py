@@ -18,8 +18,12 @@ def output_directory(config: RunConfig) -> Path:
     """The directory of this run, which can be created and written. Without a name a new one below runs/.
 
     Raises:
-        InputError: it cannot be written, or holds a finished run that nobody said to replace.
+        InputError: it cannot be written, or holds a finished run that nobody said to replace. (One that torchrun restarted
+            after a failure may have been finished: what is missing is done again.)
     """
+    if not config.train.output_dir and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise InputError("torchrun --max-restarts: give --train.output_dir, where a restarted run finds its checkpoints")
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if config.train.output_dir:
         path = Path(config.train.output_dir)
     else:
@@ -29,7 +33,7 @@ def output_directory(config: RunConfig) -> Path:
     own, other = ("adapter", "model") if config.finetune.method in ADAPTER_METHODS else ("model", "adapter")
     if (path / other).exists():
         raise InputError(f"{path} holds the result of another method ({path / other}); choose another --train.output_dir")
-    if (path / own).exists() and config.checkpoint.resume == "auto":
+    if (path / own).exists() and config.checkpoint.resume == "auto" and not restarted:
         raise InputError(
             f"{path} holds a finished run ({path / own}); choose another --train.output_dir,"
             " or replace it with --checkpoint.resume none"

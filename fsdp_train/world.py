@@ -114,7 +114,9 @@ def process_group(config: ParallelConfig) -> Iterator[World]:
         return
     timeout = datetime.timedelta(seconds=config.timeout)
     if "WORLD_SIZE" in env:
-        store = next(rendezvous("env://", timeout=timeout))[0]
+        # torchrun keeps one store for all its restarts: without a prefix, processes meet at addresses of the ones before them.
+        attempt = f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', 0)} of {size}"
+        store: dist.Store = dist.PrefixStore(attempt, next(rendezvous("env://", timeout=timeout))[0])
     else:  # python -m fsdp_train.main
         store = dist.HashStore()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

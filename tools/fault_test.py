@@ -104,16 +104,15 @@ class Job:
 
     def start(self) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                list(map(str, self._command)), stdout=log, stderr=log, start_new_session=True
-            )  # fmt: skip
+            self._process = subprocess.Popen(list(map(str, self._command)), stdout=log, stderr=log)
         return self._process
 
     def kill(self) -> None:
-        """Everything at once: torchrun and all that it started."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        """Everything at once: torchrun, and the processes that it started in sessions of their own."""
+        if self._process is not None and self._process.poll() is None:
+            for pid in (self._process.pid, *self.workers()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self._process.wait()
 
     def output(self) -> str:
