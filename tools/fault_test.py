@@ -123,6 +123,10 @@ class Job:
         found = re.findall(r"rank \d+: \S+ pid (\d+) ", self.output().rpartition(" processes:\n")[2])
         return [int(pid) for pid in found]
 
+    def starts(self) -> int:
+        """How often the processes have told who they are."""
+        return self.output().count(" processes:\n")
+
     def step(self) -> int:
         """The last step of which the run has told."""
         path = self.out / "metrics.jsonl"
@@ -145,32 +149,29 @@ def disturb(job: Job, done: Round, chance: random.Random, kills: int) -> None:
     Raises:
         RuntimeError: it ends with an error that nobody caused, or not at all.
     """
-    process = job.start()
+    process, starts = job.start(), 1
     for _ in range(kills):
         while_writing, one, at = chance.random() < 0.5, chance.random() < 0.5, chance.randint(1, job.steps - 1)
         deadline = time.monotonic() + SECONDS
-        while process.poll() is None and not (job.step() >= at and (job.is_writing() or not while_writing) and job.workers()):
+        while process.poll() is None and not (
+            job.starts() == starts and job.step() >= at and (job.is_writing() or not while_writing)
+        ):
             if time.monotonic() > deadline:
                 raise RuntimeError(f"round {done.number} hangs:\n{job.output()}")
             time.sleep(0.002)
         if process.poll() is not None:
             break  # it was faster
-        where = f"step {job.step()}{', writing' if job.is_writing() else ''}"
+        rank = chance.randrange(len(job.workers()))
+        done.kills.append(f"{f'rank {rank}' if one else 'all'} at step {job.step()}{', writing' * job.is_writing()}")
         if one:
-            rank = chance.randrange(len(job.workers()))
-            try:
+            with contextlib.suppress(ProcessLookupError):  # torchrun starts it again, unless it had just ended
                 os.kill(job.workers()[rank], signal.SIGKILL)
-            except ProcessLookupError:
-                continue  # it had just ended
-            done.kills.append(f"rank {rank} at {where}")
-            told = job.output().count(" processes:\n")
-            while process.poll() is None and job.output().count(" processes:\n") == told and time.monotonic() < deadline:
+            while process.poll() is None and job.starts() == starts and time.monotonic() < deadline:
                 time.sleep(0.01)
         else:
             job.kill()
-            done.kills.append(f"all at {where}")
-        if process.poll() is not None:
             process = job.start()
+        starts += 1
     if process.wait(SECONDS):
         raise RuntimeError(f"round {done.number} failed:\n{job.output()}")
 
