@@ -11,7 +11,7 @@ import re
 import zipfile
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -126,11 +126,15 @@ def _check_index(index: Path, file: str, promised: list[str], found: set[str]) -
 
 
 class SafetensorsWeights(Weights):
-    """`model.safetensors`, or shards with `model.safetensors.index.json`."""
+    """`model.safetensors`, or shards with `model.safetensors.index.json`.
+
+    A file is mapped into memory for as long as one of its tensors is in use: a mapping that stays would count as the process's
+    memory up to the size of the whole file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.config = config_from_hf(read_json(path / "config.json"), path / "config.json")
-        self.shapes, self._file_of = {}, {}
+        self.shapes, self._file_of, self._stamps = {}, {}, {}
         files = _indexed_files(path, "model.safetensors")
         for file, promised in (files | ({HEAD_FILE: []} if self.config.head_hidden else {})).items():
             (path / file).open("rb").close()  # safe_open would say of a file without read permission that it does not exist
@@ -143,10 +147,20 @@ class SafetensorsWeights(Weights):
                 raise InputError(f"{path / file} is damaged or not a safetensors file: {error}") from None
             _check_index(path / "model.safetensors.index.json", file, promised, held)
             self.shapes.update(shapes)
-            self._file_of.update(dict.fromkeys(names, handle))
+            self._file_of.update(dict.fromkeys(names, path / file))
+            self._stamps[path / file] = _stamp(path / file)
 
     def read(self, name: str) -> Tensor:
-        return self._file_of[name].get_tensor(name)
+        file = self._file_of[name]
+        if _stamp(file) != self._stamps[file]:
+            raise InputError(f"{file} has changed since it was opened")
+        with safe_open(file, framework="pt") as opened:
+            return cast(Tensor, opened.get_tensor(name))
+
+
+def _stamp(file: Path) -> tuple[int, int, int]:
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class BinWeights(Weights):

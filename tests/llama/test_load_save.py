@@ -406,3 +406,13 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
         os.umask(before)
     assert (tmp_path / "saved").stat().st_mode & 0o777 == 0o750
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "saved").iterdir()} == {0o640}
+
+
+def test_a_file_that_changes_while_it_is_in_use_is_refused(tmp_path: Path) -> None:
+    """It is mapped anew for each tensor: a run must not end with other weights than it began with."""
+    llama.save(Llama(SHAPES["gqa"]), tmp_path / "model")
+    weights = open_weights(tmp_path / "model")
+    weights.read("model.norm.weight")
+    llama.save(Llama(SHAPES["gqa"]), tmp_path / "model", replace=True)
+    with pytest.raises(InputError, match=r"model.safetensors has changed since it was opened"):
+        weights.read("model.norm.weight")
