@@ -69,8 +69,8 @@ def measured(options: argparse.Namespace, config: ParallelConfig, world: World) 
     gc.collect()
     kept, most = (own_memory() - before) / MB, (peak[0] - before) / MB
     return (
-        f"rank {world.rank} of {world.size}: holds {held_bytes(placed) / MB:,.0f} MB; own memory {kept:,.0f} MB more than before,"
-        f" at most {most:,.0f}; the largest unit is {unit / MB:,.0f} MB; {seconds:.1f} s"
+        f"rank {world.rank} of {world.size}: holds {held_bytes(placed) / MB:,.0f} MB; own memory {kept:,.0f} MB more than"
+        f" before, at most {most:,.0f}; the largest unit is {unit / MB:,.0f} MB; {seconds:.1f} s"
     )
 
 
