@@ -1,4 +1,4 @@
-"""On a GPU, one process: every strategy is the CPU's run in fp32, close to it in bf16 and fp16, and offloading changes nothing."""
+"""On a GPU, one process: every strategy is the CPU's run in fp32, close to it in bf16 and fp16, offloaded or not."""
 
 from __future__ import annotations
 

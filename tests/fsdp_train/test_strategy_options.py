@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fsdp_train.build import wrap_model
 from fsdp_train.config import RunConfig, parse_config
 from fsdp_train.data import collate
 from fsdp_train.optim import InBackward, LossScaler, OptimConfig
-from fsdp_train.parallel import full_trainable_state
+from fsdp_train.parallel import full_trainable_state, place_model
 from fsdp_train.parts import pieces
 from fsdp_train.strategy import ParallelConfig, chosen_strategy, precision_of, replicas_and_shards
 from fsdp_train.train import NonFiniteError, train_step
@@ -124,6 +126,83 @@ def test_offloading_needs_a_gpu() -> None:
         pytest.skip("there is one")
     with pytest.raises(InputError, match="here there is no GPU"), process_group(config):
         pass
+
+
+# --- what options do ----------------------------------------------------------------------------------------------------
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "ddp": {"strategy": "ddp"},
+    "ddp no_sync": {"strategy": "ddp", "no_sync": True},
+    "fsdp": {"strategy": "fsdp"},
+    "fsdp no_sync": {"strategy": "fsdp", "no_sync": True},
+    "fsdp grad": {"strategy": "fsdp", "sharding": "shard_grad_op"},
+    "fsdp last": {"strategy": "fsdp", "keep_last_layer": True},
+    "fsdp2": {"strategy": "fsdp2"},
+    "fsdp2 no_sync": {"strategy": "fsdp2", "no_sync": True},
+    "fsdp2 grad": {"strategy": "fsdp2", "sharding": "shard_grad_op"},
+    "fsdp2 last": {"strategy": "fsdp2", "keep_last_layer": True},
+    "fsdp2 bf16": {"strategy": "fsdp2", "reduce_dtype": "bf16"},
+    "fsdp bf16": {"strategy": "fsdp", "reduce_dtype": "bf16"},
+}
+
+
+def traffic(rank: int) -> dict[str, tuple[int, int, list[torch.dtype]]]:
+    """For each way: how often units are gathered and gradients added up in a step of two micro-batches, and in which dtypes."""
+    found = {}
+    with process_group(ParallelConfig(strategy="fsdp")) as world:
+        for name, settings in WAYS.items():
+            config = ParallelConfig(precision="fp32", **settings)
+            model, optimizer = wrap_model(build("full"), config, OptimConfig(), world)
+            batches = [collate(samples(2, seed), world.device) for seed in (0, 1)]
+            train_step(model.train(), optimizer, batches, world, 0.0, 0, no_sync=config.no_sync)
+            calls = Calls()
+            with calls:
+                train_step(model, optimizer, batches, world, 0.0, 1, no_sync=config.no_sync)
+            kind = "allreduce" if config.strategy == "ddp" else "reduce_scatter"
+            reductions = [dtype for call, dtype in calls.made if kind in call and dtype != torch.float64]
+            found[name] = sum("gather" in call for call, _ in calls.made), len(reductions), sorted(set(reductions), key=str)
+    return found
+
+
+class Calls(TorchDispatchMode):
+    """Notes the collectives, with the dtype of what they carry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, torch.dtype]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            tensor = next(t for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+            self.made.append((function.name(), tensor.dtype))
+        return function(*args, **(kwargs or {}))
+
+
+def test_options_do_what_they_say(tmp_path: Path) -> None:
+    """Three layers, an embedding and the root; two micro-batches."""
+    found = spawn(2, traffic, tmp_path=tmp_path)[0]
+    gathers, reductions = ({name: one[index] for name, one in found.items()} for index in (0, 1))
+    assert gathers["ddp"] == gathers["ddp no_sync"] == 0
+    assert reductions["ddp"] == 2 * reductions["ddp no_sync"] > 0
+    for strategy in ("fsdp", "fsdp2"):
+        # A unit is gathered for forward, and again for backward; the root and what no gradient passes through stay as they are.
+        assert gathers[f"{strategy} last"] == gathers[strategy] - 2  # one layer, twice
+        assert gathers[f"{strategy} grad"] < gathers[f"{strategy} last"]
+        assert reductions[strategy] >= 2 * 5
+        assert reductions[f"{strategy} no_sync"] == reductions[strategy] // 2
+        assert found[strategy][2] == [torch.float32]
+        assert torch.bfloat16 in found[f"{strategy} bf16"][2]
+
+
+def test_fsdp_gets_its_options() -> None:
+    settings: dict[str, Any] = {"strategy": "fsdp", "precision": "fp32"}
+    with process_group(ParallelConfig(strategy="fsdp")) as world:
+        usual = place_model(build("full"), ParallelConfig(**settings), world)
+        other = ParallelConfig(**settings, backward_prefetch="post", limit_all_gathers=False)
+        changed = place_model(build("full"), other, world)
+    assert (usual.backward_prefetch.name, usual.limit_all_gathers) == ("BACKWARD_PRE", True)  # type: ignore[union-attr]
+    assert (changed.backward_prefetch.name, changed.limit_all_gathers) == ("BACKWARD_POST", False)  # type: ignore[union-attr]
 
 
 # --- fp16 ---------------------------------------------------------------------------------------------------------------
