@@ -28,6 +28,7 @@ ADAPTERS = {
     "prefix": PrefixTuningConfig(num_virtual_tokens=5),
     "projected": PrefixTuningConfig(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=12),
 }
+SMALL = {"lora q,v": LoraConfig(r=4)}  # fewer leaves, where many processes gather each of them
 
 
 def samples(count: int, seed: int = 0) -> list[Sample]:
@@ -45,9 +46,9 @@ def build(method: str, shape: str = "gqa", dtype: torch.dtype = torch.float32) -
     """A random model ready to train; an adapter's parameters are random too, so that every one has a gradient."""
     model = llama.Llama(SHAPES[shape])
     randomise(model)
-    if method in ADAPTERS:
+    if method in ADAPTERS | SMALL:
         model.to(dtype)
-        add_adapter(model, ADAPTERS[method])
+        add_adapter(model, (ADAPTERS | SMALL)[method])
         generator = torch.Generator().manual_seed(5)
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from transformers import get_cosine_schedule_with_warmup
 
 from fsdp_train.config import parse_config
-from fsdp_train.main import complete
+from fsdp_train.main import complete, main
 from fsdp_train.run import Run
 from fsdp_train.strategy import ParallelConfig
 from fsdp_train.world import process_group
+from tests.launch import spawn
 
 STEPS, GLOBAL_BATCH = 50, 8
 CURVE = 1e-5  # per step, fp32: the issue's bound; different kernels and orders of summation
@@ -62,6 +63,16 @@ def run_all(rank: int, runs: list[list[str]]) -> None:
     with process_group(ParallelConfig()) as world:
         for flags in runs:
             complete(Run(parse_config(flags), world))
+
+
+def run_on(processes: int, runs: list[list[str]], tmp_path: Path) -> None:
+    """Several runs of the program: here, or in one group of processes, which share an import of everything."""
+    if processes > 1:
+        tmp_path.mkdir(exist_ok=True)
+        spawn(processes, run_all, runs, tmp_path=tmp_path)
+        return
+    for flags in runs:
+        main(flags)
 
 
 def flags_of(out: Path, processes: int, lr: float, *more: object) -> list[str]:

@@ -27,7 +27,7 @@ from llama import Llama, Tokenizer, replace_head
 from llama.errors import InputError
 from llama.model import LlamaModel
 from tests.fsdp_train.conftest import CONTEXT
-from tests.launch import torchrun
+from tests.fsdp_train.curves import run_on
 from tests.llama.common import files_below, full_disk
 from tests.oracle import largest
 
@@ -162,7 +162,7 @@ def test_a_run_on_features_is_the_run_on_texts(
 def test_two_processes_are_one(first: Path, model_dir: Path, texts_file: Path, held_out_file: Path, tmp_path: Path) -> None:
     """Their features too, which the second process helps to compute with an empty batch."""
     more = {"data__eval_path": held_out_file, "train__batch_size": 2, "parallel__activation_checkpointing": "full"}
-    torchrun(2, *flags(model_dir, texts_file, tmp_path / "out", tmp_path / "cache", **more))
+    run_on(2, [flags(model_dir, texts_file, tmp_path / "out", tmp_path / "cache", **more)], tmp_path)
     assert_close(rows(tmp_path / "out"), rows(first / "out"))
     one, two = (load_file(path / "out" / "model" / "model.safetensors") for path in (first, tmp_path))
     assert largest(one["score.weight"], two["score.weight"]) <= LOSSES

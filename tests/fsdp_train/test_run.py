@@ -22,6 +22,7 @@ from fsdp_train.strategy import ParallelConfig
 from fsdp_train.train import NonFiniteError, evaluate
 from fsdp_train.world import process_group
 from peft_impl import load_adapter, read_adapter
+from tests.fsdp_train.curves import run_on
 from tests.launch import torchrun
 from tests.oracle import DATA, STORIES, hf_model, largest, needs_data
 
@@ -115,12 +116,12 @@ def test_continue_from_an_adapter(model_dir: Path, alpaca_file: Path, tmp_path: 
 def test_full_fine_tuning_with_two_processes(model_dir: Path, alpaca_file: Path, tmp_path: Path) -> None:
     """The artefact opens in transformers with nothing missing, and equals one process's."""
     for processes in (1, 2):
-        torchrun(
-            processes,
+        flags = [
             *("--model.path", model_dir, "--data.path", alpaca_file, "--train.output_dir", tmp_path / str(processes)),
             *("--finetune.method", "full", "--train.max_steps", 5, "--train.batch_size", 4 // processes, "--log.every", 1),
             *("--parallel.precision", "fp32", "--parallel.activation_checkpointing", "full", "--train.samples", 0),
-        )
+        ]
+        run_on(processes, [list(map(str, flags))], tmp_path)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "2" / "model", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

@@ -18,7 +18,7 @@ from fsdp_train.parts import digest_of
 from peft_impl import select_parameters, train_only
 from tests.fsdp_train.common import build
 from tests.fsdp_train.conftest import saved_model
-from tests.launch import torchrun
+from tests.fsdp_train.curves import run_on
 
 LOSS = 1e-5  # fp32: other orders of summation
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -155,9 +155,10 @@ def test_a_run_resumed_within_a_stage_is_the_same_to_the_bit(
 def test_two_processes_unfreeze_and_resume_alike(tied_dir: Path, alpaca_file: Path, tmp_path: Path) -> None:
     """A head that shares the embedding's weight, which the root unit holds."""
     main(flags(tied_dir, alpaca_file, tmp_path / "one"))
-    torchrun(2, *flags(tied_dir, alpaca_file, tmp_path / "two", "--train.batch_size", 2))
+    run_on(2, [flags(tied_dir, alpaca_file, tmp_path / "two", "--train.batch_size", 2)], tmp_path)
     check_states(tmp_path / "two", "tied")
-    torchrun(2, *flags(tied_dir, alpaca_file, cut(tmp_path / "two", tmp_path / "cut"), "--train.batch_size", 2))
+    again = flags(tied_dir, alpaca_file, cut(tmp_path / "two", tmp_path / "cut"), "--train.batch_size", 2)
+    run_on(2, [again], tmp_path)
     check_resumed(tmp_path / "two", tmp_path / "cut", tied_dir, "tied")
     one, two = ([row["loss"] for row in rows(tmp_path / name)] for name in ("one", "two"))
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < LOSS

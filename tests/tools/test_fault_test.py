@@ -11,11 +11,11 @@ from tools.fault_test import main
 
 def test_one_round_ends_bit_identical(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(["--rounds", "1", "--steps", "12", "--kills", "2", "--seed", "7"])
+        main(["--rounds", "1", "--steps", "8", "--kills", "1", "--seed", "3"])
     said = capsys.readouterr().out
     assert stopped.value.code == 0, said
     assert "1 of 1 rounds bit-identical" in said
-    assert "  yes        rank " in said  # killed at step 1; the second kill, during a write, may come too late
+    assert "  yes        rank " in said
 
 
 def test_a_bit_or_a_loss_is_a_difference() -> None:
