@@ -28,10 +28,10 @@ FORMS = {
 WRITERS = {1: ("none", "fsdp"), 2: ("ddp", "fsdp", "grad", "whole", "fsdp2"), 4: ("fsdp", "fsdp2", "hsdp", "mesh")}
 # Who goes on with what whom wrote: every form reads and is read, across 1, 2 and 4 processes.
 PAIRS = {
-    1: {"none": ["1none", "2ddp", "2fsdp", "4fsdp2", "4hsdp"], "fsdp": ["1none", "2fsdp2"]},
-    2: {"fsdp": ["2fsdp", "1none", "2ddp", "4fsdp"], "ddp": ["2ddp", "2fsdp2", "4mesh"], "fsdp2": ["2fsdp2", "1fsdp", "2grad"],
-        "grad": ["2whole"], "whole": ["4fsdp2"]},
-    4: {"fsdp": ["4fsdp", "2fsdp2"], "hsdp": ["4hsdp", "1none"], "fsdp2": ["2fsdp"], "mesh": ["2ddp"]},
+    1: {"none": ["1none", "2fsdp", "4hsdp"], "fsdp": ["2fsdp2"]},
+    2: {"fsdp": ["2fsdp", "1none", "2ddp"], "ddp": ["2ddp", "4mesh"], "fsdp2": ["2fsdp2", "4fsdp"], "grad": ["2whole"],
+        "whole": ["2grad"]},
+    4: {"fsdp": ["2fsdp2"], "hsdp": ["4hsdp", "1none"], "fsdp2": ["2fsdp"], "mesh": ["4fsdp2"]},
 }  # fmt: skip
 FEWER = {
     1: {"none": ["2fsdp2"]},
