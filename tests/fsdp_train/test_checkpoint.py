@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from fsdp_train import run
 from fsdp_train.checkpoint import Checkpoints, checkpoints, find_checkpoints
 from fsdp_train.main import main
+from fsdp_train.optim import LossScaler
 from llama.errors import InputError
 
 
@@ -26,6 +27,7 @@ class Interrupted(BaseException):
 
 EXTRA: dict[str, tuple[object, ...]] = {
     "lora": ("--finetune.lora.lora_dropout", 0.1),
+    "fp16": ("--finetune.lora.r", 4, "--parallel.precision", "fp16"),  # the scale of its loss too
     "full": ("--finetune.method", "full"),
     "llama_adapter": ("--finetune.method", "llama_adapter", "--finetune.llama_adapter.adapter_layers", 2, "--optim.lr", 1e-2),
     "projected": (  # the MLP is in the checkpoint, though not in the file at the end
@@ -46,10 +48,20 @@ def flags(model_dir: Path, data: Path, out: Path, *more: object) -> list[str]:
     return list(map(str, chosen))
 
 
+KEPT = ("step", "loss", "lr", "grad_norm", "tokens", "loss_scale", "skipped")
+
+
 def rows(out: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what depends on the clock and on memory."""
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k in ("step", "loss", "lr", "grad_norm", "tokens")} for row in found]
+    return [{k: v for k, v in row.items() if k in KEPT} for row in found]
+
+
+@pytest.fixture(autouse=True)
+def fp16_changes_its_scale_often() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LossScaler, "INTERVAL", 3)
+        yield
 
 
 @pytest.fixture
