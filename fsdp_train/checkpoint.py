@@ -10,7 +10,6 @@ so nothing of them needs to be stored but the step. Nothing is pickled (DCP's ow
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from fsdp_train.checkpoint_files import STATE_FILE, checkpoints, damage_of, find_checkpoints, remove, state_of
 from fsdp_train.data import Dataset
 from fsdp_train.optim import LossScaler, Optimizer
 from fsdp_train.parts import MOMENTS, Part, Reads, Writes, cause_of, digest_of, parts_of, pieces, rank_of
@@ -32,7 +32,6 @@ from fsdp_train.world import World
 from llama.errors import InputError, nearest
 from llama.files import read_json, write_json
 
-STATE_FILE = "state.json"
 MAY_CHANGE = ("data", "optim", "order", "batch", "precision")
 
 
@@ -165,7 +164,7 @@ class Checkpoints:
                 if world.rank == 0:
                     write_json(temporary / STATE_FILE, state)
                     if final.exists():  # one that was damaged, or of a run that was resumed from before it
-                        shutil.rmtree(final)
+                        remove(final)
                     temporary.rename(final)
                     self._remove_old()
         except BaseException as error:  # DCP's own errors are not Exceptions
@@ -188,7 +187,7 @@ class Checkpoints:
         best = min(scored)[1] if scored else None
         for path in found[: -self.config.keep]:
             if path != best:
-                shutil.rmtree(path)
+                remove(path)
 
     def resume(self) -> int:
         """Put the state of the checkpoint that the settings mean in place; return the number of steps done.
@@ -198,19 +197,19 @@ class Checkpoints:
         Raises:
             InputError: it belongs to another run (naming what differs), or is damaged, and every one before it.
         """
-        wanted = find_checkpoints(self.config.resume, self.directory)
+        wanted = self.world.gather(find_checkpoints(self.config.resume, self.directory))[0]  # as rank 0 sees the directory
         for path in wanted:
             state: dict[str, Any] = {}
             damage = ""
             try:
-                state = _state_of(path)
+                state = state_of(path)
             except InputError as error:
                 damage = str(error)
             damage = self._first(damage)
             if not damage:
                 with self.world.together():
                     self._check_identity(path, state)
-                damage = self._first(_damage(path, state, self.world))
+                damage = self._first(damage_of(path, state, self.world))
             if not damage:
                 self._load(path)
                 self.scaler.load(state["loss_scale"])
@@ -260,57 +259,8 @@ class Checkpoints:
         dcp.load(parts, storage_reader=reader, planner=Reads(), process_group=self.world.quiet, no_dist=self.world.size == 1)
 
 
-def _state_of(path: Path) -> dict[str, Any]:
-    state = read_json(path / STATE_FILE)
-    if not {"step", "identity", "files", "loss_scale"} <= state.keys() or not isinstance(state["identity"], dict):
-        raise InputError(f"{path / STATE_FILE} is not the state of a checkpoint")
-    return state
-
-
-def _damage(path: Path, state: dict[str, Any], world: World) -> str:
-    """What is missing or has changed since it was written, of the files that this process looks at; all look at all."""
-    for name, digest in list(state["files"].items())[world.rank :: world.size]:
-        file = path / Path(name).name
-        if not file.is_file() or digest_of(file) != digest:
-            return f"{file} is missing or damaged"
-    return ""
-
-
 def room_for(config: CheckpointConfig, directory: Path, trained: int, total_steps: int, evaluations: int) -> int:
     """Bytes that the checkpoints still to come take at once: for each trained number itself and two moments, in fp32. The best
     one stays beside the newest, and the next is written before the oldest goes."""
     due = -(-total_steps // config.every) + evaluations if config.every else 0
     return 12 * trained * max(0, min(due, config.keep + 1 + (evaluations > 0)) - len(checkpoints(directory)))
-
-
-def drop_later(directory: Path, step: int) -> list[Path]:
-    """Remove the checkpoints beyond `step`, where a run starts anew: they belong to the one that it replaces. And what a killed
-    process left unfinished."""
-    for unfinished in directory.glob(".step_*.tmp"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-    later = [path for path in checkpoints(directory) if int(path.name.removeprefix("step_")) > step]
-    for path in later:
-        shutil.rmtree(path)
-    return later
-
-
-def checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints in `directory`, oldest first."""
-    return sorted(p for p in directory.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name) and (p / STATE_FILE).is_file())
-
-
-def find_checkpoints(resume: str, directory: Path) -> list[Path]:
-    """The checkpoints that `--checkpoint.resume` means, the first choice first; none to start from the beginning.
-
-    Raises:
-        InputError: a directory that is not a checkpoint.
-    """
-    if resume == "none":
-        return []
-    if resume == "auto":
-        return checkpoints(directory)[::-1]
-    if not (Path(resume) / STATE_FILE).is_file():
-        raise InputError(
-            f"--checkpoint.resume {resume}: not a checkpoint (no {STATE_FILE}); expected auto, none or step_NNNNNNNN"
-        )
-    return [Path(resume)]

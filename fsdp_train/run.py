@@ -15,7 +15,8 @@ from torch import nn
 
 from fsdp_train.artefact import Artefact
 from fsdp_train.build import ADAPTER_METHODS, build_model, frozen_dtype, trained_names, wrap_model
-from fsdp_train.checkpoint import Checkpoints, data_fingerprint, drop_later, find_checkpoints, room_for
+from fsdp_train.checkpoint import Checkpoints, data_fingerprint, room_for
+from fsdp_train.checkpoint_files import drop_later, find_checkpoints
 from fsdp_train.classification import ClassificationDataset
 from fsdp_train.config import RunConfig
 from fsdp_train.features import HeadOnly, backbone_digest, cache_directory, file_of, with_features

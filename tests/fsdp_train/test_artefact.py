@@ -20,7 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import llama
 from fsdp_train import artefact
-from fsdp_train.checkpoint import CheckpointConfig, checkpoints, room_for
+from fsdp_train.checkpoint import CheckpointConfig, room_for
+from fsdp_train.checkpoint_files import checkpoints
 from fsdp_train.config import parse_config
 from fsdp_train.main import complete, main
 from fsdp_train.run import Run

@@ -15,7 +15,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from fsdp_train import run
-from fsdp_train.checkpoint import Checkpoints, checkpoints, find_checkpoints
+from fsdp_train.checkpoint import Checkpoints
+from fsdp_train.checkpoint_files import checkpoints, find_checkpoints
 from fsdp_train.main import main
 from fsdp_train.optim import LossScaler
 from llama.errors import InputError

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import TCPStore
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
-from fsdp_train.checkpoint import checkpoints
+from fsdp_train.checkpoint_files import checkpoints
 from fsdp_train.data import Dataset
 from fsdp_train.main import main
 from fsdp_train.world import World

@@ -209,7 +209,7 @@ PATHS: dict[str, dict[str, tuple[Callable[[Place], object], str]]] = {
         "something else": (lambda p: p.adapter(), "adapter: not a checkpoint (no state.json)"),
         "no state": (lambda p: p.checkpoint({}), "state.json is not the state of a checkpoint"),
         "another run": (
-            lambda p: p.checkpoint({"step": 5, "files": {}, "loss_scale": [1, 0], "identity": {"data": "x"}}),
+            lambda p: p.checkpoint({"step": 5, "best": None, "files": {}, "loss_scale": [1, 0], "identity": {"data": "x"}}),
             "belongs to another run: ",
         ),
     },

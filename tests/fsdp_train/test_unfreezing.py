@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fsdp_train.checkpoint import checkpoints
+from fsdp_train.checkpoint_files import checkpoints
 from fsdp_train.main import main
 from fsdp_train.partial import Unfreezing
 from fsdp_train.parts import digest_of
