@@ -84,6 +84,17 @@ def a_full_disk_at_the_end() -> None:
     Path.write_text = write_text  # type: ignore[method-assign]
 
 
+def a_directory_that_cannot_be_made() -> None:
+    mkdir = Path.mkdir
+
+    def refusing(self: Path, *args: Any, **more: Any) -> None:
+        if self.name.startswith(".step_"):
+            raise OSError(30, "Read-only file system")
+        mkdir(self, *args, **more)
+
+    Path.mkdir = refusing  # type: ignore[method-assign]
+
+
 def a_kill() -> None:
     at_call(5, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
@@ -104,6 +115,7 @@ CASES: dict[str, tuple[Callable[[], None], int, list[int | None], str]] = {  # w
     "full disk": (a_full_disk, 0, [2, 2], "No space left on device; those before it are whole"),
     "full disk elsewhere": (a_full_disk, 1, [2, 2], "No space left on device; those before it are whole"),
     "full disk at the end": (a_full_disk_at_the_end, 0, [2, 2], "No space left on device; those before it are whole"),
+    "no disk": (a_directory_that_cannot_be_made, 0, [2, 2], "Read-only file system; those before it are whole"),
     "killed": (a_kill, 1, [1, -9], "error: rank 0 lost another process, or waited for it longer than --parallel.timeout: "),
     "killed, rank 0": (
         a_kill,
