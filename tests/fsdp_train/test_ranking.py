@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fsdp_train.data import Dataset, Plan
 from fsdp_train.main import main
-from fsdp_train.parallel import place_model
+from fsdp_train.parallel import local_part, place_model
 from fsdp_train.partial import PartialConfig, RankedLayer, rank_layers, show_ranking
 from fsdp_train.strategy import ParallelConfig
 from fsdp_train.world import World, process_group
@@ -49,7 +49,7 @@ def ranked(world: World, model: nn.Module, select: str, **parallel: Any) -> list
     placed = place_model(model, config, world)
     plan = Plan(COUNT, BATCH // world.size, 1, world.size, world.rank, 3, shuffle=True)
     sharded = world.size > 1 or parallel.get("strategy") == "fsdp"
-    before = [p.detach().clone() for p in placed.parameters()]
+    before = [local_part(p.detach()).clone() for p in placed.parameters()]
     if not sharded:  # a hook that runs before the program's own
 
         def alone(parameter: Tensor) -> None:
@@ -58,7 +58,7 @@ def ranked(world: World, model: nn.Module, select: str, **parallel: Any) -> list
         for parameter in (p for p in placed.parameters() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(alone)
     found = rank_layers(placed, data(), plan, world, PartialConfig(select=select, probe_batches=PROBES))
-    assert all(torch.equal(a, b) for a, b in zip(before, placed.parameters(), strict=True))
+    assert all(torch.equal(a, local_part(b)) for a, b in zip(before, placed.parameters(), strict=True))
     assert all(p.grad is None for p in placed.parameters())
     return found
 
@@ -113,6 +113,8 @@ def on_two(rank: int) -> dict[str, Any]:
     with process_group(ParallelConfig()) as world:
         for criterion in CRITERIA:
             found[criterion] = ranked(world, ready(), f"{criterion}:2")
+        for strategy in ("ddp", "fsdp2"):
+            found[strategy] = ranked(world, ready(), "gradient_norm:2", strategy=strategy)
         found["checkpointed"] = ranked(world, ready("tied"), "gradient_norm:1", activation_checkpointing="full")
         for name, model, select in (("many", ready(), "gradient_norm:4"), ("broken", ready(scale=1e30), "gradient_norm:2")):
             try:
@@ -131,6 +133,8 @@ def test_two_processes_find_the_same_and_refuse_the_same(tmp_path: Path) -> None
     for found in spawn(2, on_two, tmp_path=tmp_path):
         for values, criterion in zip(wanted, CRITERIA, strict=True):
             agrees(found[criterion], wanted, top(values, 2))
+        for strategy in ("ddp", "fsdp2"):
+            agrees(found[strategy], wanted, top(wanted[0], 2))
         agrees(found["checkpointed"], expected("tied"), top(expected("tied")[0], 1))
         assert (found["many"], found["broken"]) == (MANY, BROKEN)
 
