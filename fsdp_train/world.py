@@ -6,10 +6,11 @@ import datetime
 import gc
 import os
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,10 +169,15 @@ def _as_all_see_it(store: dist.Store, world: World, error: BaseException) -> Bas
     if lost:
         time.sleep(0.5)  # the one that failed may be about to say why
         said = f"rank {world.rank} lost another process, or waited for it longer than --parallel.timeout: {error}"
-    try:
-        first = store.compare_set("first cause", "", said).decode()
-    except RuntimeError:  # the store went away with the process that held it
-        first = said
-    found = PeerError(first) if lost else error
-    found.prints = first == said  # type: ignore[attr-defined]
+    first = [said]
+
+    def ask() -> None:
+        with suppress(RuntimeError):  # the store went away with the process that held it
+            first[0] = store.compare_set("first cause", "", said).decode()
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(5)  # the host that is gone may be the store's, which answers no more: its own timeouts do not end this
+    found = PeerError(first[0]) if lost else error
+    found.prints = first[0] == said  # type: ignore[attr-defined]
     return found
