@@ -17,7 +17,7 @@ from torch import nn
 
 from fsdp_train.heads import HeadConfig, new_parameters
 from fsdp_train.optim import OptimConfig, Optimizer, build_optimizer
-from fsdp_train.parallel import Fill, place_model
+from fsdp_train.parallel import Fill, nothing_to_fill, place_model
 from fsdp_train.partial import PartialConfig
 from fsdp_train.settings import option
 from fsdp_train.strategy import ParallelConfig
@@ -25,7 +25,7 @@ from fsdp_train.world import World
 from llama import PRESETS, Llama, LlamaConfig, Tokenizer, replace_head
 from llama.errors import InputError, nearest
 from llama.io import filler, on_meta
-from llama.weight_files import open_weights
+from llama.weight_files import Weights
 from peft_impl import (
     LlamaAdapterConfig,
     LoraConfig,
@@ -162,6 +162,7 @@ def trained_names(finetune: FinetuneConfig, base: LlamaConfig, target: LlamaConf
 
 
 def build_model(
+    weights: Weights | None,
     model_config: ModelConfig,
     finetune: FinetuneConfig,
     target: LlamaConfig,
@@ -176,6 +177,7 @@ def build_model(
     (DoRA), or has random ones, is there as a whole.
 
     Args:
+        weights: the base's files; None for random weights.
         target: the base's configuration with the head that is wanted.
         trained: names of the base's own parameters that train, kept in `masters`; what is frozen is in `model.dtype`.
         dtype: of the computation.
@@ -184,7 +186,6 @@ def build_model(
         InputError: anything wrong with the files or the adapter's settings.
     """
     frozen = frozen_dtype(model_config, dtype)
-    weights = None if model_config.preset else open_weights(model_config.path)
     if weights is None:
         torch.manual_seed(seed)  # the same weights on every process
         model = Llama(PRESETS[model_config.preset])
@@ -203,7 +204,7 @@ def build_model(
     elif finetune.method in ADAPTER_METHODS:
         add_adapter(model, adapter_config(finetune), seed=seed)
         materialise_adapter(model)
-    return model, filler(model, weights) if weights is not None else lambda module: None
+    return model, filler(model, weights) if weights is not None else nothing_to_fill
 
 
 def _starts_from_values(finetune: FinetuneConfig) -> bool:
@@ -227,7 +228,7 @@ def adapter_config(finetune: FinetuneConfig) -> Any:
 
 
 def wrap_model(
-    model: nn.Module, parallel: ParallelConfig, optim: OptimConfig, world: World, fill: Fill = lambda module: None
+    model: nn.Module, parallel: ParallelConfig, optim: OptimConfig, world: World, fill: Fill = nothing_to_fill
 ) -> tuple[nn.Module, Optimizer]:
     """`place_model`, and then its optimizer."""
     placed = place_model(model, parallel, world, fill)

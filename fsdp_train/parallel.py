@@ -42,7 +42,11 @@ from peft_impl.adapters import AdapterLeaf
 Fill = Callable[[nn.Module], None]  # gives a module's meta parameters their values
 
 
-def place_model(model: nn.Module, config: ParallelConfig, world: World, fill: Fill = lambda module: None) -> nn.Module:
+def nothing_to_fill(module: nn.Module) -> None:
+    """A `Fill` for a model that has its values."""
+
+
+def place_model(model: nn.Module, config: ParallelConfig, world: World, fill: Fill = nothing_to_fill) -> nn.Module:
     """The model on its device, spread as the settings say, its decoder layers recomputed in backward if they say so.
 
     Args:
@@ -91,7 +95,7 @@ _PREFETCH = {"pre": BackwardPrefetch.BACKWARD_PRE, "post": BackwardPrefetch.BACK
 
 
 def shard(
-    model: nn.Module, config: ParallelConfig, world: World, precision: Precision, fill: Fill = lambda module: None
+    model: nn.Module, config: ParallelConfig, world: World, precision: Precision, fill: Fill = nothing_to_fill
 ) -> nn.Module:
     """Wrap in `FullyShardedDataParallel`: parameters, gradients and optimizer state of each unit spread over processes.
 
@@ -154,7 +158,7 @@ def _last_layer(model: nn.Module) -> nn.Module | None:
 
 
 def shard_in_place(
-    model: nn.Module, config: ParallelConfig, world: World, precision: Precision, fill: Fill = lambda module: None
+    model: nn.Module, config: ParallelConfig, world: World, precision: Precision, fill: Fill = nothing_to_fill
 ) -> nn.Module:
     """`fully_shard` on the same units, from the inside out: each parameter becomes a `DTensor` spread over the mesh.
 

@@ -134,6 +134,7 @@ class Reads(DefaultLoadPlanner):
 
 
 def digest_of(path: Path) -> str:
+    """A hash of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 

@@ -28,8 +28,9 @@ from fsdp_train.output import next_commands, output_directory
 from fsdp_train.parallel import Fill, frozen_checksum, held_bytes, place_model
 from fsdp_train.partial import PartialConfig, RankedLayer, Unfreezing, rank_layers, save_ranking, show_ranking
 from fsdp_train.settings import values_of, write_toml
+from fsdp_train.signals import Signals, Stopped
 from fsdp_train.strategy import chosen_strategy, precision_of, replicas_and_shards
-from fsdp_train.train import Signals, Stopped, fit
+from fsdp_train.train import fit
 from fsdp_train.units import shares, table, total_bytes
 from fsdp_train.world import World
 from llama import Llama
@@ -46,7 +47,8 @@ class Run:
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
         self.is_adapter = config.finetune.method in ADAPTER_METHODS
-        self.dtype = precision_of(config.parallel, world.device).param
+        self.precision = precision_of(config.parallel, world.device)
+        self.dtype = self.precision.param
         self.ranking: list[RankedLayer] = []
 
     def tell(self, text: str) -> None:
@@ -83,7 +85,8 @@ class Run:
 
     def _built(self, names: list[str], masters: torch.dtype) -> tuple[nn.Module, Fill]:
         config = self.config
-        return build_model(config.model, config.finetune, self.inputs.target, names, config.train.seed, self.dtype, masters)
+        inputs, seed = self.inputs, config.train.seed
+        return build_model(inputs.weights, config.model, config.finetune, inputs.target, names, seed, self.dtype, masters)
 
     def _rank(self) -> None:
         """Let the data choose among the decoder layers, on a model that is built for this alone."""
@@ -141,7 +144,7 @@ class Run:
         shards = replicas_and_shards(parallel, world.size, world.local_size)[1]
         rows = shares(self.model, shards, self.strategy == "fsdp2", world.rank % shards)
         self.model_wrapped, self.optimizer = wrap_model(self.model, parallel, self.config.optim, world, self.fill)
-        self.scaler = LossScaler(self.dtype == torch.float16)
+        self.scaler = LossScaler(self.precision.scales_loss)
         expected, counted = total_bytes(rows)[0], held_bytes(self.model_wrapped)
         if counted != expected:
             raise RuntimeError(f"rank {world.rank} holds {counted:,} bytes of parameters, by the arithmetic {expected:,}")
@@ -265,12 +268,12 @@ class Run:
                 self.checkpoints.save(done, loss)
 
         self.world.barrier("before the first step")
-        with Signals() as signals:
+        with Signals(lambda: self.checkpoints.failed) as signals:
             try:
                 fit(
                     self.model_wrapped, self.optimizer, self.inputs.data, self.inputs.plan, self.config.optim, self.world,
                     range(self.first_step, steps), self.metrics, self.config.log.every, self.unfreezing.before_step, after_step,
-                    self.scaler, self.config.parallel.no_sync, signals, lambda: self.checkpoints.failed,
+                    self.scaler, self.config.parallel.no_sync, signals,
                 )  # fmt: skip
             except Stopped:
                 self.checkpoints.finish()

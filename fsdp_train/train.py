@@ -8,12 +8,10 @@ Gradients are averaged over processes by FSDP, so each micro-batch's sum is mult
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import nn
@@ -23,6 +21,7 @@ from fsdp_train.log import Metrics, Progress, peak_memory
 from fsdp_train.optim import InBackward, LossScaler, OptimConfig, Optimizer, learning_rate
 from fsdp_train.parallel import clip_gradients, gradients_stay, sum_over_model
 from fsdp_train.settings import option
+from fsdp_train.signals import Signals, Stopped
 from fsdp_train.world import World
 from llama.errors import InputError, listing
 
@@ -56,14 +55,6 @@ class TrainConfig:
 
 class NonFiniteError(RuntimeError):
     """The loss or its gradient is NaN or infinite; the message says where. No step was taken."""
-
-
-class Stopped(RuntimeError):
-    """A signal asked for an end, after a checkpoint; `signal` is its number."""
-
-    def __init__(self, signal: int, step: int) -> None:
-        super().__init__(f"stopped by {signal_name(signal)} after step {step}")
-        self.signal = signal
 
 
 @dataclass(frozen=True)
@@ -105,7 +96,7 @@ def train_step(
         with gradients_stay(model) if no_sync and index < len(batches) - 1 else nullcontext():
             loss = model(**batch.inputs, labels=batch.labels)
             losses.append(loss.detach())
-            if isinstance(optimizer, InBackward):
+            if isinstance(optimizer, InBackward):  # of one micro-batch: after this call it is too late
                 _check_loss(losses, batches, world, step)
             (loss * (world.size / targets * scale)).backward()
     total = world.sum(torch.stack(losses).sum())[0]
@@ -178,34 +169,6 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return ((seed * 1_000_003 + step) * 65_536 + rank) % 2**63
 
 
-class Signals:
-    """SIGTERM and SIGINT ask for a checkpoint and the end, SIGUSR1 for a checkpoint, each after the step that is being done.
-
-    All processes act on what any of them was told, in the same step. Outside `with`, signals mean what they always do.
-    """
-
-    def __init__(self) -> None:
-        self.stop, self.save = 0, False
-
-    def __enter__(self) -> Self:
-        self._before = {one: signal.signal(one, self._note) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for one, handler in self._before.items():
-            signal.signal(one, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        if number == signal.SIGUSR1:
-            self.save = True
-        else:
-            self.stop = number
-
-
-def signal_name(number: int) -> str:
-    return signal.Signals(number).name
-
-
 def fit(
     model: nn.Module,
     optimizer: Optimizer,
@@ -221,7 +184,6 @@ def fit(
     scaler: LossScaler,
     no_sync: bool,
     signals: Signals,
-    failed: Callable[[], bool],
 ) -> None:
     """Train steps `steps.start` .. `steps.stop` - 1 of the run.
 
@@ -230,8 +192,6 @@ def fit(
         after_step: called with the number of steps done and whether a checkpoint is asked for, on every process.
         no_sync: see `train_step`.
         signals: what this process has been told meanwhile.
-        failed: whether something beside training has gone wrong on this process: all then get an `after_step` at once, which
-            asks for a checkpoint, and so finds out.
 
     Raises:
         NonFiniteError: as `train_step`.
@@ -250,8 +210,7 @@ def fit(
                 group["lr"] = lr
             before_step(step)
             batches = [data.batch(indices, world.device) for indices in plan.micro_batches(step)]
-            asked, signals.save = [signals.stop, signals.save or failed()], False
-            result = train_step(model, optimizer, batches, world, optim.grad_clip, step, scaler, no_sync, asked)
+            result = train_step(model, optimizer, batches, world, optim.grad_clip, step, scaler, no_sync, signals.take())
             stop, save = result.also
             seen += result.tokens
             busy += time.perf_counter() - began

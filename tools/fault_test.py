@@ -32,6 +32,7 @@ from fsdp_train.settings import fail
 from llama import InputError
 
 EVERY = 4  # steps between checkpoints
+Result = tuple[dict[str, torch.Tensor], list[tuple[int, float]]]  # trained tensors; (step, loss) of each step
 SECONDS = 300  # after which a start that does not end is a failure
 
 
@@ -136,7 +137,7 @@ class Job:
     def is_writing(self) -> bool:
         return any((self.out / "checkpoints").glob(".step_*.tmp"))
 
-    def result(self) -> tuple[dict[str, torch.Tensor], list[tuple[int, float]]]:
+    def result(self) -> Result:
         """The trained tensors and (step, loss) of each step."""
         tensors = load_file(next(self.out.glob("*/*.safetensors")))
         rows = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
@@ -176,9 +177,7 @@ def disturb(job: Job, done: Round, chance: random.Random, kills: int) -> None:
         raise RuntimeError(f"round {done.number} failed:\n{job.output()}")
 
 
-def _same(
-    one: tuple[dict[str, torch.Tensor], list[tuple[int, float]]], other: tuple[dict[str, torch.Tensor], list[tuple[int, float]]]
-) -> bool:
+def _same(one: Result, other: Result) -> bool:
     (a, losses), (b, wanted) = one, other
     return losses == wanted and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 

@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measured(options: argparse.Namespace, config: ParallelConfig, world: World) -> str:
     """What this process needed, for people."""
-    base, finetune = open_weights(options.model).config, FinetuneConfig(method=options.method)
+    weights, finetune = open_weights(options.model), FinetuneConfig(method=options.method)
+    base = weights.config
     settings, dtype = ModelConfig(path=options.model), precision_of(config, world.device).param
     world.barrier("before loading")
     before, peak, done = own_memory(), [0], threading.Event()
@@ -59,7 +60,7 @@ def measured(options: argparse.Namespace, config: ParallelConfig, world: World) 
     watcher.start()
     started = time.perf_counter()
     names = trained_names(finetune, base, base)
-    model, fill = build_model(settings, finetune, base, names, 0, dtype)
+    model, fill = build_model(weights, settings, finetune, base, names, 0, dtype)
     largest = max(row.parameters for row in shares(model, 2, by_row=False))
     unit = largest * (4 if names else frozen_dtype(settings, dtype).itemsize)
     placed = place_model(model, config, world, fill)

@@ -19,6 +19,7 @@ from fsdp_train.strategy import ParallelConfig
 from fsdp_train.units import sharding_units
 from fsdp_train.world import World, process_group
 from llama import LlamaConfig
+from llama.weight_files import open_weights
 from peft_impl import LoraConfig, PrefixTuningConfig, add_adapter, save_adapter
 from tests.fsdp_train.conftest import saved_model
 from tests.launch import spawn
@@ -44,7 +45,7 @@ def placed(base: Path, finetune: FinetuneConfig, strategy: str, world: World) ->
         else config
     )
     names = trained_names(finetune, config, target)
-    model, fill = build_model(ModelConfig(path=str(base)), finetune, target, names, 3, torch.float32)
+    model, fill = build_model(open_weights(base), ModelConfig(path=str(base)), finetune, target, names, 3, torch.float32)
     on_meta = any(p.is_meta for p in model.parameters())
     model = place_model(model, ParallelConfig(strategy=strategy, precision="fp32"), world, fill)  # type: ignore[arg-type]
     assert not any(p.is_meta for p in model.parameters())
@@ -128,7 +129,8 @@ def most_alive(rank: int, base: Path) -> dict[str, tuple[int, int]]:
                 gc.collect()
                 before, seen = alive(), [0]
                 names = trained_names(finetune, WIDE, WIDE)
-                model, fill = build_model(ModelConfig(path=str(base)), finetune, WIDE, names, 0, torch.float32)
+                weights, settings = open_weights(base), ModelConfig(path=str(base))
+                model, fill = build_model(weights, settings, finetune, WIDE, names, 0, torch.float32)
 
                 def watched(module: nn.Module, fill: Any = fill, seen: list[int] = seen) -> None:
                     fill(module)
@@ -139,6 +141,7 @@ def most_alive(rank: int, base: Path) -> dict[str, tuple[int, int]]:
                 gc.collect()
                 found[f"{method}, {strategy}"] = max(seen) - before, alive() - before
                 del model
+        world.barrier("the end")  # the first process holds the store, which the second may still be asking for a group
     return found
 
 
