@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fsdp_train.data import Batch, Dataset, Plan, Sample
+from fsdp_train.data import Batch, Dataset, Plan, Sample, on_device
 from fsdp_train.formats import Record, read_records
 from fsdp_train.templates import encode_prompt
 from fsdp_train.train import NonFiniteError
@@ -145,14 +145,15 @@ class ClassificationDataset(Dataset):
         for row, sample in enumerate(samples):
             ids[row, : len(sample.ids)] = sample.ids
         last = torch.tensor([len(s.ids) - 1 for s in samples] or [0])
-        inputs = {"input_ids": torch.from_numpy(ids).to(device), "last": last.to(device)}
+        inputs = {"input_ids": on_device(torch.from_numpy(ids), device), "last": on_device(last, device)}
         return Batch(inputs, *self._labelled(samples, device))
 
     def _labelled(self, samples: Sequence[Sample], device: torch.device) -> tuple[Tensor, int, int, list[str]]:
         """What a batch has beside its inputs."""
         single = self.space.problem_type == SINGLE
         nothing = np.array([IGNORE]) if single else np.full(len(self.space.names), np.nan, dtype=np.float32)
-        labels = torch.from_numpy(np.stack([s.labels for s in samples] or [nothing])).to(device)
+        labels = torch.from_numpy(np.stack([s.labels for s in samples] or [nothing]))
+        labels = on_device(labels, device)
         targets = sum(len(s.labels) for s in samples)
         return labels[:, 0] if single else labels, sum(len(s.ids) for s in samples), targets, [s.where for s in samples]
 

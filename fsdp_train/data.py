@@ -35,7 +35,8 @@ class DataConfig:
     eval_path: str = option("", "held-out data, same format", "FILE")
     eval_fraction: float = option(0.0, "hold out this part of the training data instead")
     max_length: int | None = option(None, "cut samples to this many tokens (default: the model's context)")
-    shuffle: bool = option(True, "a new order in each epoch; false: as in the file")
+    shuffle: bool = option(True, "a new order in each epoch, samples of like length together; false: as in the file")
+    packing: bool = option(False, "several samples in each row of max_length tokens, none of which sees another")
 
     def __post_init__(self) -> None:
         if not 0 <= self.eval_fraction < 1:
@@ -85,6 +86,14 @@ class Dataset:
         if self.dropped:
             lines.append(f"  {len(self.dropped):,} samples left out, nothing to learn in them: {self._places(self.dropped)}")
         return "\n".join(lines)
+
+    def __len__(self) -> int:
+        """How many indices there are to ask batches for."""
+        return len(self.samples)
+
+    def lengths(self) -> list[int]:
+        """Tokens by index."""
+        return [len(sample.ids) for sample in self.samples]
 
     def _targets(self, sample: Sample) -> int:
         return int((sample.labels[1:] != IGNORE).sum())
@@ -205,12 +214,35 @@ def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> Tensor:
     return torch.randperm(n, generator=generator)
 
 
+WINDOW = 64  # steps among which samples are exchanged
+
+
+def by_length(lengths: Sequence[int], seed: int, epoch: int, global_batch: int) -> Tensor:
+    """The epoch's order, in which the samples of a step are of like length, so that little is padded.
+
+    In each window of 64 steps samples are sorted by length and cut into steps, which are then shuffled. Within a step the
+    longest come first: its micro-batches are of like length too. A last step that is not full keeps what the order left.
+    """
+    order = epoch_order(len(lengths), seed, epoch, shuffle=True)
+    sizes = torch.tensor(lengths)
+    full = len(lengths) // global_batch * global_batch
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch + 1) % 2**63)
+    windows = []
+    for window in order[:full].split(WINDOW * global_batch):
+        steps = window[sizes[window].argsort(descending=True, stable=True)].view(-1, global_batch)
+        windows.append(steps[torch.randperm(len(steps), generator=generator)].flatten())
+    return torch.cat((*windows, order[full:]))
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which samples each process sees in each step.
 
     Step g of an epoch trains on samples [gG, (g+1)G) of its order, G = world * batch_size * grad_accum, whatever the world
     size; the last step of an epoch has what is left, so that every sample is seen exactly once per epoch.
+
+    Attributes:
+        lengths: tokens of each sample; where given, a shuffled order brings samples of like length together (`by_length`).
     """
 
     samples: int
@@ -220,6 +252,8 @@ class Plan:
     rank: int
     seed: int
     shuffle: bool
+    lengths: Sequence[int] | None = field(default=None, compare=False)
+    _orders: dict[int, Tensor] = field(default_factory=dict, compare=False)
 
     @property
     def global_batch(self) -> int:
@@ -232,12 +266,19 @@ class Plan:
     def micro_batches(self, step: int) -> list[list[int]]:
         """This process's sample indices in global step `step`, one list per micro-batch; some may be empty at the end."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.samples, self.seed, epoch, self.shuffle)
         start = within * self.global_batch
-        indices = order[start : start + self.global_batch].tolist()
+        indices = self._order(epoch)[start : start + self.global_batch].tolist()
         size = self.world * self.batch_size
         first = self.rank * self.batch_size
         return [indices[m * size : (m + 1) * size][first : first + self.batch_size] for m in range(self.grad_accum)]
+
+    def _order(self, epoch: int) -> Tensor:
+        if self.lengths is None or not self.shuffle:
+            return epoch_order(self.samples, self.seed, epoch, self.shuffle)
+        if epoch not in self._orders:
+            self._orders.clear()
+            self._orders[epoch] = by_length(self.lengths, self.seed, epoch, self.global_batch)
+        return self._orders[epoch]
 
 
 @dataclass(frozen=True)
@@ -247,11 +288,16 @@ class Batch:
     `tokens` counts real ids, `targets` the labels that are learned: the step's loss is the mean over them.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     labels: Tensor
     tokens: int
     targets: int
     where: list[str]
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that the host does not wait for."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def collate(samples: Sequence[Sample], device: torch.device) -> Batch:
@@ -266,8 +312,8 @@ def collate(samples: Sequence[Sample], device: torch.device) -> Batch:
         ids[row, : len(sample.ids)] = sample.ids
         labels[row, : len(sample.ids)] = sample.labels
     return Batch(
-        {"input_ids": torch.from_numpy(ids).to(device)},
-        torch.from_numpy(labels).to(device),
+        {"input_ids": on_device(torch.from_numpy(ids), device)},
+        on_device(torch.from_numpy(labels), device),
         sum(len(s.ids) for s in samples),
         int((labels[:, 1:] != IGNORE).sum()),
         [s.where for s in samples],

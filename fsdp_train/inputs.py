@@ -10,6 +10,7 @@ from fsdp_train.classification import ClassificationDataset, LabelSpace, load_cl
 from fsdp_train.config import RunConfig
 from fsdp_train.data import Dataset, Plan, load_dataset
 from fsdp_train.heads import known_labels, labels_of_adapter, wanted
+from fsdp_train.packing import packed
 from fsdp_train.world import World
 from llama import PRESETS, LlamaConfig, Tokenizer
 from llama.errors import InputError
@@ -24,7 +25,7 @@ class Inputs:
         weights: the base's files; None for random weights.
         base: the base's configuration, and `target`: with the head that is to be trained.
         held_out: data for evaluation; None without any.
-        plan: which samples this process sees in each of the `total_steps`.
+        plan: which samples (rows of them, where they are packed) this process sees in each of the `total_steps`.
     """
 
     tokenizer: Tokenizer | None
@@ -84,8 +85,15 @@ def read_inputs(config: RunConfig, world: World, tell: Callable[[str], None]) ->
         tell(f"  held out: {count:,} samples")
     if train.exact_match and tokenizer is None:
         raise InputError("--train.exact_match compares texts; give --model.tokenizer")
+    if data.packing:
+        if isinstance(samples, ClassificationDataset):
+            raise InputError("--data.packing true: a classifier looks at the end of each row, which has one text; leave it out")
+        samples = packed(samples, length)
+        held_out = packed(held_out, length) if held_out is not None else None
+        tell(samples.packing_report())
     plan = Plan(
-        len(samples.samples), train.batch_size, train.grad_accum, world.size, world.rank, train.seed, data.shuffle
+        len(samples), train.batch_size, train.grad_accum, world.size, world.rank, train.seed, data.shuffle,
+        samples.lengths(),
     )  # fmt: skip
     total_steps = train.max_steps or (train.epochs or 1) * plan.steps_per_epoch
     if config.optim.warmup_steps >= total_steps:

@@ -57,6 +57,9 @@ def place_model(model: nn.Module, config: ParallelConfig, world: World, fill: Fi
     """
     strategy, precision = chosen_strategy(config, world.size), precision_of(config, world.device)
     kind = config.activation_checkpointing
+    if config.compile:
+        for layer in [module for module in model.modules() if isinstance(module, DecoderLayer)]:
+            layer.compile(fullgraph=True)
     if strategy in ("fsdp", "hsdp"):
         model = shard(model, config, world, precision, fill)
         if kind != "none":

@@ -24,6 +24,7 @@ KEPT = {  # what takes the time: matrix products and attention, in whatever kern
     *(_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default, _ATEN.linear.default),
     *(_ATEN._scaled_dot_product_flash_attention_for_cpu.default, _ATEN._scaled_dot_product_flash_attention.default),
     *(_ATEN._scaled_dot_product_efficient_attention.default, _ATEN._scaled_dot_product_cudnn_attention.default),
+    *(torch.ops.torch_attn._varlen_attn.default, torch.ops.llama.blockwise_attention.default),
 }
 
 

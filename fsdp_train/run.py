@@ -230,7 +230,7 @@ class Run:
             "finetune": {name: str(value) for name, value in finetune.items() if name != "head.feature_cache"},
             "data": data_fingerprint(self.inputs.data),
             "optim": {name: str(value) for name, value in values_of(self.config.optim).items()},
-            "order": [train.seed, self.config.data.shuffle],
+            "order": [train.seed, self.config.data.shuffle, self.config.data.packing],
             "batch": self.inputs.plan.global_batch,
             "precision": str(self.dtype),
         }

@@ -60,6 +60,7 @@ class ParallelConfig:
     activation_checkpointing: Literal["none", "full", "selective"] = option(
         "none", "recompute in backward: each decoder layer, or (selective) of it all but matrix products and attention"
     )
+    compile: bool = option(False, "compile each decoder layer (torch.compile): faster steps, after a slow first one")
     cpu_offload: bool = option(False, "shards of parameters, gradients and optimizer state live in the host's memory")
     backward_prefetch: Literal["pre", "post", "none"] = option(
         "pre", "gather the next unit before this one's gradients (fastest), after them, or when it is needed"

@@ -7,6 +7,7 @@ Gradients are averaged over processes by FSDP, so each micro-batch's sum is mult
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from fsdp_train.data import Batch, Dataset, Plan
+from fsdp_train.host import undisturbed
 from fsdp_train.log import Metrics, Progress, peak_memory
 from fsdp_train.optim import InBackward, LossScaler, OptimConfig, Optimizer, learning_rate
 from fsdp_train.parallel import clip_gradients, gradients_stay, sum_over_model
@@ -150,7 +152,7 @@ def evaluate(model: nn.Module, data: Dataset, batch_size: int, world: World) -> 
     """
     was_training = model.training
     model.eval()
-    plan = Plan(len(data.samples), batch_size, 1, world.size, world.rank, 0, shuffle=False)
+    plan = Plan(len(data), batch_size, 1, world.size, world.rank, 0, shuffle=False)
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     targets = 0
     for step in range(plan.steps_per_epoch):
@@ -200,7 +202,7 @@ def fit(
     model.train()
     progress = Progress(steps.stop, steps.start, log_every, world.rank == 0)
     busy, seen = 0.0, 0  # seconds of training and tokens since the last row; evaluation and saving do not count
-    with closing(progress):
+    with closing(progress), undisturbed(world.device):
         for step in steps:
             began = time.perf_counter()
             # Dropout is a pure function of (seed, step, rank), like the data's order: nothing of it needs to be saved.
@@ -229,6 +231,7 @@ def fit(
                     **scaled,
                 )
                 busy, seen = 0.0, 0
+                gc.collect()
             after_step(done, bool(stop or save))
             if stop and done < steps.stop:
                 raise Stopped(max(world.gather(signals.stop)), done)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100  # the label of a position that is not a target (PyTorch's and HF's convention)
-CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MB in fp32, 524 rows of Llama 2's vocabulary
+CHUNK_ELEMENTS = 2**23  # logits held at once: 32 MB in fp32, 262 rows of Llama 2's vocabulary
+CHUNK_ELEMENTS_TRAINED = 2**25  # where each chunk adds to the gradient of the whole weight, in fp32
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -38,16 +39,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         loss = hidden.new_zeros((), dtype=wide)
-        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        rows = max(1, (CHUNK_ELEMENTS_TRAINED if need_weight else CHUNK_ELEMENTS) // weight.shape[0])
         for start in range(0, len(targets), rows):
             h, target = hidden[start : start + rows], targets[start : start + rows, None]
-            logits = F.linear(h, weight).to(wide)  # (rows, V)
-            log_normaliser = logits.logsumexp(-1, keepdim=True)
-            loss += (log_normaliser - logits.gather(1, target)).sum()
+            log_probabilities = F.linear(h, weight).log_softmax(-1, dtype=wide)  # (rows, V)
+            loss -= log_probabilities.gather(1, target).sum()
             if not (need_hidden or need_weight):
                 continue
             # d loss / d logits = softmax(logits) - one_hot(target)
-            d_logits = logits.sub_(log_normaliser).exp_()
+            d_logits = log_probabilities.exp_()
             d_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide))
             d_logits = d_logits.to(hidden.dtype)
             if d_hidden is not None:

@@ -24,10 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama.attention import Documents, attention
 from llama.cache import KVCache, LayerCache
 from llama.config import LlamaConfig
 from llama.heads import ClassificationHead, LanguageModelHead
 from llama.linear import INIT_STD, Linear
+
+Mask = Tensor | Documents | None  # which tokens a query may look at; None: causal
 
 
 class RMSNorm(nn.Module):
@@ -88,7 +91,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, kv_width)
         self.o_proj = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, cache: LayerCache | None) -> Tensor:
         """x (B, T, C) -> (B, T, C). `mask` as in `attend`."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
@@ -100,19 +103,9 @@ class Attention(nn.Module):
         y = self.attend(q, k, v, mask)
         return cast(Tensor, self.o_proj(y.transpose(1, 2).reshape(B, T, -1)))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(q k^T / sqrt(D)) v, key head j serving query heads j*H/G .. (j+1)*H/G - 1.
-
-        Args:
-            q: (B, H, T, D), rotated. k, v: (B, G, S, D), k rotated.
-            mask: bool, broadcastable to (B, H, T, S), True where a query may look; None means causal with S == T.
-
-        Returns:
-            (B, H, T, D)
-        """
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """softmax(q k^T / sqrt(D)) v, as `llama.attention.attention`: q (B, H, T, D), k, v (B, G, S, D) -> (B, H, T, D)."""
+        return attention(q, k, v, mask)
 
 
 class MLP(nn.Module):
@@ -138,7 +131,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Mask, cache: LayerCache | None) -> Tensor:
         h = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
         return cast(Tensor, h + self.mlp(self.post_attention_layernorm(h)))
 
@@ -155,7 +148,7 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, positions: Tensor | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor | None, mask: Mask, cache: KVCache | None) -> Tensor:
         B, T = input_ids.shape
         start = cache.extent if cache is not None else 0
         if positions is None:
@@ -202,6 +195,7 @@ class Llama(nn.Module):
         *,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
+        documents: Documents | None = None,
         cache: KVCache | None = None,
         last: Tensor | None = None,
     ) -> Tensor:
@@ -213,6 +207,7 @@ class Llama(nn.Module):
                 classifier's: see `classification_loss`.
             positions: (T,) or (B, T); default 0..T-1, after what the cache holds.
             mask: bool, broadcastable to (B, H, T, S), True where a query may look; default causal.
+            documents: several in each row, none of which sees another, each with positions from 0; in place of both.
             cache: filled and read by this call.
             last: (B,) index of the one token per row whose logits are wanted. A classifier looks at it, or at the last
                 column without it.
@@ -221,7 +216,10 @@ class Llama(nn.Module):
             Logits (B, T, V), or (B, 1, V) with `last`, or a classifier's (B, K); with labels, the *sum* of the losses over
             targets, in fp32.
         """
-        hidden = self.model(input_ids, positions, mask, cache)
+        if documents is not None:
+            hidden = self.model(input_ids, documents.positions, documents, None)
+        else:
+            hidden = self.model(input_ids, positions, mask, cache)
         if last is not None:
             hidden = hidden[torch.arange(len(last), device=last.device), last][:, None]
         return cast(Tensor, self.head(hidden, labels))

@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama import Llama
+from llama.attention import Documents
 from llama.errors import InputError
-from llama.model import Attention
+from llama.model import Attention, Mask
 from peft_impl.adapters import AdapterLeaf, Adapters, adapters_of, select
 
 PREFIXES, PROMPTS = "prefixes", "prompts"  # the two places for a leaf
@@ -29,7 +29,7 @@ class AdaptedAttention(Attention):
     prompts: nn.ModuleDict
     adapters: Adapters
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         """As `Attention.attend`, in each row with the keys and values of the adapter chosen for it."""
         y = self._attend_behind_prefixes(q, k, v, mask)
         for name, prompt in self.prompts.items():
@@ -39,27 +39,19 @@ class AdaptedAttention(Attention):
                 y = select(rows, y + prompt(q, self.k_proj.weight, self.v_proj.weight), y)
         return y
 
-    def _attend_behind_prefixes(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        idle = 0
+    def _attend_behind_prefixes(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         for name, prefix in self.prefixes.items():
             rows = self.adapters.rows(name, q)
             if rows is False:
                 continue
             tokens = k.shape[2]
             k, v = prefix(k, v)
-            added = k.shape[2] - tokens
-            if rows is True and mask is None:
-                # Idle queries in front make it square: plain causal attention, which every fused kernel has, lets token t
-                # see the whole prefix and the tokens up to t. A mask would be dense, and leave those kernels on a GPU.
-                idle = added
-            else:
-                mask = _mask_with_prefix(mask, rows, q, tokens, added)
-        if not idle:
-            return super().attend(q, k, v, mask)
-        return super().attend(F.pad(q, (0, 0, idle, 0)), k, v, None)[:, :, idle:]
+            if rows is not True or isinstance(mask, Tensor):  # else no mask is needed: every query sees what is in front
+                mask = _mask_with_prefix(mask, rows, q, tokens, k.shape[2] - tokens)
+        return super().attend(q, k, v, mask)
 
 
-def _mask_with_prefix(mask: Tensor | None, rows: bool | Tensor, q: Tensor, tokens: int, added: int) -> Tensor:
+def _mask_with_prefix(mask: Mask, rows: bool | Tensor, q: Tensor, tokens: int, added: int) -> Tensor:
     """The mask for `added` keys in front of `tokens` others: every query of the chosen rows sees all of them.
 
     Args:
@@ -71,6 +63,8 @@ def _mask_with_prefix(mask: Tensor | None, rows: bool | Tensor, q: Tensor, token
         bool, broadcastable to (B, H, T, added + tokens).
     """
     B, _, T, _ = q.shape
+    if isinstance(mask, Documents):
+        mask = mask.mask()
     if mask is None:
         mask = torch.ones(T, tokens, dtype=torch.bool, device=q.device).tril()
     shape = torch.broadcast_shapes(mask.shape[:-1], (B, 1, T))

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from llama import Llama
 from llama.cache import KVCache
 from llama.errors import InputError
-from llama.model import LlamaModel, rotary_tables, rotate
+from llama.model import LlamaModel, Mask, rotary_tables, rotate
 from peft_impl.adapters import METHODS, AdapterLeaf, Adapters, Method, adapters_of, option
 from peft_impl.attention import PREFIXES, attach_leaf, detach_leaves
 
@@ -144,7 +144,7 @@ class PrefixedModel(LlamaModel):
     encoders: nn.ModuleDict
     adapters: Adapters
 
-    def forward(self, input_ids: Tensor, positions: Tensor | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor | None, mask: Mask, cache: KVCache | None) -> Tensor:
         for name, encoder in self.encoders.items():
             if self.adapters.rows(name, input_ids) is not False:
                 encoder()
