@@ -30,7 +30,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fsdp_train.recompute import checkpoint_activations, wrappers
+from fsdp_train.recompute import checkpoint_activations, compile_layers, wrappers
 from fsdp_train.strategy import ParallelConfig, Precision, chosen_strategy, precision_of, replicas_and_shards
 from fsdp_train.units import sharding_units
 from fsdp_train.world import World
@@ -57,16 +57,15 @@ def place_model(model: nn.Module, config: ParallelConfig, world: World, fill: Fi
     """
     strategy, precision = chosen_strategy(config, world.size), precision_of(config, world.device)
     kind = config.activation_checkpointing
-    if config.compile:
-        for layer in [module for module in model.modules() if isinstance(module, DecoderLayer)]:
-            layer.compile(fullgraph=True)
     if strategy in ("fsdp", "hsdp"):
         model = shard(model, config, world, precision, fill)
         if kind != "none":
             checkpoint_activations(model, kind)
         return model
     if kind != "none":
-        checkpoint_activations(model, kind)
+        checkpoint_activations(model, kind, config.compile)
+    if config.compile:
+        compile_layers(model)
     if strategy == "fsdp2":
         return shard_in_place(model, config, world, precision, fill)
     fill(model)
@@ -174,9 +173,12 @@ def shard_in_place(
     last, wrapper_of = _last_layer(model) if config.keep_last_layer else None, wrappers(model)
     after_forward: bool | int = config.reshard_to or config.sharding == "full_shard"
     kept: dict[str, Any] = {"reduce_dtype": precision.reduce, "cast_forward_inputs": False}
-    for unit in (*reversed(sharding_units(model)), model):
+    for unit in (*reversed(sharding_units(model, whole_layers=config.compile)), model):
         fill(unit)
-        computing = None if isinstance(unit, AdapterLeaf) else precision.param
+        # What trains beside frozen weights is gathered as it is, and cast where it computes: see `shard`.
+        leaf = isinstance(unit, AdapterLeaf)
+        adapted = leaf or (config.compile and unit is not model and any(isinstance(m, AdapterLeaf) for m in unit.modules()))
+        computing = None if adapted else precision.param
         fully_shard(
             wrapper_of.get(unit, unit),
             mesh=mesh if replicas > 1 else mesh["shard"],

@@ -16,6 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from llama.model import DecoderLayer
 
@@ -28,7 +29,7 @@ KEPT = {  # what takes the time: matrix products and attention, in whatever kern
 }
 
 
-def checkpoint_activations(model: nn.Module, kind: str) -> None:
+def checkpoint_activations(model: nn.Module, kind: str, compiled: bool = False) -> None:
     """Wrap each decoder layer. Call it after `FullyShardedDataParallel` (which then stands outside: a unit is gathered once for
     recomputation and backward), and before `fully_shard`.
 
@@ -37,8 +38,10 @@ def checkpoint_activations(model: nn.Module, kind: str) -> None:
     Args:
         kind: "full" stores a layer's input only, and costs a second forward pass; "selective" keeps the outputs of matrix
             products and attention too, and computes again only what lies between them.
+        compiled: `compile_layers` follows, which knows torch's own form of the latter only.
     """
-    context: dict[str, Any] = {"context_fn": _keep_and_reuse} if kind == "selective" else {}
+    keep_and_reuse = functools.partial(create_selective_checkpoint_contexts, list(KEPT)) if compiled else _keep_and_reuse
+    context: dict[str, Any] = {"context_fn": keep_and_reuse} if kind == "selective" else {}
     apply_activation_checkpointing(
         model,
         checkpoint_wrapper_fn=functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT, **context),
@@ -71,6 +74,16 @@ class _Reuse(_Keep):
 def _keep_and_reuse() -> tuple[_Keep, _Reuse]:
     kept: dict[Any, deque[Any]] = defaultdict(deque)
     return _Keep(kept), _Reuse(kept)
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile each decoder layer, with its wrapper if it has one, as one graph: the first call compiles one, the others share it.
+
+    What is not a layer stays as it is: the embedding is a lookup, and the head has its own form (llama/loss.py).
+    """
+    wrapper_of = wrappers(model)
+    for layer in [module for module in model.modules() if isinstance(module, DecoderLayer)]:
+        wrapper_of.get(layer, layer).compile(fullgraph=True)
 
 
 def wrappers(model: nn.Module) -> dict[nn.Module, nn.Module]:

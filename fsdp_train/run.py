@@ -142,7 +142,7 @@ class Run:
         parallel, world = self.config.parallel, self.world
         self.strategy = chosen_strategy(parallel, world.size)
         shards = replicas_and_shards(parallel, world.size, world.local_size)[1]
-        rows = shares(self.model, shards, self.strategy == "fsdp2", world.rank % shards)
+        rows = shares(self.model, shards, self.strategy == "fsdp2", world.rank % shards, parallel.compile)
         self.model_wrapped, self.optimizer = wrap_model(self.model, parallel, self.config.optim, world, self.fill)
         self.scaler = LossScaler(self.precision.scales_loss)
         expected, counted = total_bytes(rows)[0], held_bytes(self.model_wrapped)

@@ -30,12 +30,14 @@ _GOES_WITH = {  # options that only some strategies have
     "limit_all_gathers": ("fsdp", "hsdp"),
     "no_sync": ("ddp", *SHARDED),
     "optimizer_in_backward": ("none", "fsdp2"),
+    "compile": ("none", "ddp", "fsdp2"),
     "reshard_to": ("fsdp2",),
     "keep_last_layer": SHARDED,
 }
 _OTHERWISE = {  # what to know where one does not fit
     "backward_prefetch": "fsdp2 orders its gathering itself",
     "limit_all_gathers": "fsdp2 never runs ahead of its memory",
+    "compile": "torch compiles FullyShardedDataParallel only with use_orig_params, which would mix what trains with what does not",
     "optimizer_in_backward": "the others add up gradients over processes only after a whole bucket or unit",
 }
 
@@ -45,7 +47,7 @@ class ParallelConfig:
     """How the work is spread, and in which precision."""
 
     strategy: Literal["auto", "none", "ddp", "fsdp", "fsdp2", "hsdp"] = option(
-        "auto", "auto: none for one process, fsdp for several; ddp: whole copies; fsdp2: fully_shard; hsdp: sharded copies"
+        "auto", "auto: none for one process, fsdp (fsdp2 with compile) for several; ddp: whole copies; fsdp2: fully_shard; hsdp: sharded copies"
     )
     sharding: Literal["full_shard", "shard_grad_op", "no_shard"] = option(
         "full_shard", "what is spread: everything, or not the parameters between forward and backward, or nothing"
@@ -60,7 +62,7 @@ class ParallelConfig:
     activation_checkpointing: Literal["none", "full", "selective"] = option(
         "none", "recompute in backward: each decoder layer, or (selective) of it all but matrix products and attention"
     )
-    compile: bool = option(False, "compile each decoder layer (torch.compile): faster steps, after a slow first one")
+    compile: bool = option(False, "compile each decoder layer (torch.compile): faster steps after a slow first one, less memory")
     cpu_offload: bool = option(False, "shards of parameters, gradients and optimizer state live in the host's memory")
     backward_prefetch: Literal["pre", "post", "none"] = option(
         "pre", "gather the next unit before this one's gradients (fastest), after them, or when it is needed"
@@ -110,7 +112,8 @@ def chosen_strategy(config: ParallelConfig, processes: int) -> str:
         InputError: the strategy cannot work with this number of processes, or an option with what "auto" means.
     """
     if config.strategy == "auto":
-        config = dataclasses.replace(config, strategy="none" if processes == 1 else "fsdp")
+        several = "fsdp2" if config.compile else "fsdp"
+        config = dataclasses.replace(config, strategy="none" if processes == 1 else several)
     if config.strategy == "none" and processes > 1:
         raise InputError(
             f"--parallel.strategy none with {processes} processes would train {processes} models apart; use ddp or fsdp,"

@@ -16,7 +16,7 @@ from llama.model import DecoderLayer
 MOMENTS = 2  # AdamW's, in the masters' dtype
 
 
-def sharding_units(model: nn.Module) -> list[nn.Module]:
+def sharding_units(model: nn.Module, whole_layers: bool = False) -> list[nn.Module]:
     """The modules that are sharded as units of their own; the root has what is left (final norm, head, a tied embedding).
 
     A unit is each decoder layer, the embedding, and each maximal module whose parameters all train inside a frozen parent (an
@@ -24,6 +24,9 @@ def sharding_units(model: nn.Module) -> list[nn.Module]:
     frozen parameters of one unit would share a flat parameter, whose gradient is as large as all of it.
     `ModuleList` and `ModuleDict` are never units: a unit gathers when its forward runs, and theirs never does. A weight that
     two modules share stays in the root, which is gathered for both.
+
+    Args:
+        whole_layers: nothing within a decoder layer is a unit: a compiled layer must not be interrupted to gather.
     """
     owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
     shared = {p for p, modules in owners.items() if modules > 1}
@@ -38,7 +41,8 @@ def sharding_units(model: nn.Module) -> list[nn.Module]:
             is_unit = (always or differs) and shared.isdisjoint(child.parameters())
             if is_unit:
                 units.append(child)
-            visit(child, required == {True} if is_unit else unit_trains)
+            if not (whole_layers and isinstance(child, DecoderLayer)):
+                visit(child, required == {True} if is_unit else unit_trains)
 
     visit(model, any(p.requires_grad for p in shared) or all(p.requires_grad for p in model.parameters()))
     return units
@@ -58,7 +62,7 @@ class Share:
     optimizer_bytes: int
 
 
-def shares(model: nn.Module, shards: int, by_row: bool, rank: int = 0) -> list[Share]:
+def shares(model: nn.Module, shards: int, by_row: bool, rank: int = 0, whole_layers: bool = False) -> list[Share]:
     """The arithmetic, from shapes alone: the model before it is wrapped.
 
     A flat parameter of n elements gives each of W processes ceil(n / W), padded; `fully_shard` spreads the rows of each
@@ -68,9 +72,10 @@ def shares(model: nn.Module, shards: int, by_row: bool, rank: int = 0) -> list[S
         shards: processes that a unit is spread over, 1 for none.
         by_row: `fully_shard`'s way.
         rank: of the process among them; the first has the largest share.
+        whole_layers: as in `sharding_units`.
     """
     names = {module: name for name, module in model.named_modules()}
-    units = [*sharding_units(model), model] if shards > 1 else [model]
+    units = [*sharding_units(model, whole_layers), model] if shards > 1 else [model]
     inner, rows = set(units), []
     for unit in units:
         own = _own_parameters(unit, inner)

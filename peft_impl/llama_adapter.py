@@ -16,6 +16,7 @@ size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -72,8 +73,11 @@ class Prompt(AdapterLeaf):
 
     def forward(self, q: Tensor, k_weight: Tensor, v_weight: Tensor) -> Tensor:
         """`k_weight`, `v_weight` (G * D, C): the layer's frozen projections."""
-        k, v = self._heads(k_weight, q), self._heads(v_weight, q)  # (B, G, K, D)
-        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+        k, v = self._heads(k_weight, q), self._heads(v_weight, q)  # (G, 1, K, D)
+        grouped = q.unflatten(1, (len(k), -1))  # (B, G, H / G, T, D)
+        # Without a fused kernel: K is small, and what that saves is not worth what it costs on a CPU.
+        y = ((grouped @ k.transpose(-2, -1)) / math.sqrt(self.head_dim)).softmax(-1) @ v
+        y = y.flatten(1, 2)
         return self.effective_gate().to(y.dtype).view(1, -1, 1, 1) * y
 
     def effective_gate(self) -> Tensor:
@@ -82,7 +86,7 @@ class Prompt(AdapterLeaf):
 
     def _heads(self, weight: Tensor, q: Tensor) -> Tensor:
         projected = F.linear(self.prompt.to(q.dtype), weight.to(q.dtype))  # (1, K, G * D)
-        return projected.view(1, -1, weight.shape[0] // self.head_dim, self.head_dim).transpose(1, 2).expand(len(q), -1, -1, -1)
+        return projected.view(-1, weight.shape[0] // self.head_dim, 1, self.head_dim).permute(1, 2, 0, 3)
 
 
 def _attach(model: Llama, config: LlamaAdapterConfig, name: str) -> dict[str, AdapterLeaf]:

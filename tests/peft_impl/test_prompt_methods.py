@@ -262,7 +262,7 @@ def test_attention_stays_on_the_fused_kernel(method: str) -> None:
     model = ours("gqa", method).train()
     with Kernels() as kernels:
         model(IDS, IDS).backward()
-    assert len(kernels.called) >= 2 * 3
+    assert len(kernels.called) >= 2 * len(model.model.layers)
     assert all("flash_attention" in name for name in kernels.called), kernels.called
 
 

@@ -80,7 +80,7 @@ CASES = {
     "partial": Case("partial", "fixed"),
     "checkpointing": Case("lora", "fixed", checkpointing=True),
 }
-DOCUMENTS = 64  # of a file, in the regime "real"
+DOCUMENTS = 96  # of a file, in the regime "real"
 ROW = 2048  # tokens of a row that they are packed into
 
 
