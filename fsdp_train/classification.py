@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from fsdp_train.data import Batch, Dataset, Plan, Sample, on_device
 from fsdp_train.formats import Record, read_records
+from fsdp_train.step import NonFiniteError
 from fsdp_train.templates import encode_prompt
-from fsdp_train.train import NonFiniteError
 from fsdp_train.world import World
 from llama import Tokenizer
 from llama.errors import InputError, listing, nearest

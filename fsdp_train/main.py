@@ -19,7 +19,7 @@ from fsdp_train.config import RunConfig, parse_config
 from fsdp_train.run import Run
 from fsdp_train.settings import fail
 from fsdp_train.signals import Stopped
-from fsdp_train.train import NonFiniteError
+from fsdp_train.step import NonFiniteError
 from fsdp_train.world import PeerError, process_group
 from llama.errors import InputError
 

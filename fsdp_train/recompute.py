@@ -77,7 +77,7 @@ def _keep_and_reuse() -> tuple[_Keep, _Reuse]:
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Compile each decoder layer, with its wrapper if it has one, as one graph: the first call compiles one, the others share it.
+    """Compile each decoder layer, with its wrapper if it has one, as one graph. The first call compiles; all layers share that.
 
     What is not a layer stays as it is: the embedding is a lookup, and the head has its own form (llama/loss.py).
     """

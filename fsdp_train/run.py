@@ -257,14 +257,20 @@ class Run:
         """All steps that are left, with evaluation and checkpoints on the way."""
         train, every, steps = self.config.train, self.config.checkpoint.every, self.inputs.total_steps
 
+        def evaluates(done: int) -> bool:
+            return bool(train.eval_every) and done % train.eval_every == 0 and done < steps
+
+        def saves(done: int) -> bool:
+            return bool(every) and (done % every == 0 or done == steps)
+
         def after_step(done: int, asked: bool) -> None:
             loss = None
-            if train.eval_every and done % train.eval_every == 0 and done < steps:
+            if evaluates(done):
                 found = held_out_metrics(self.model_wrapped, self.inputs.held_out, train.batch_size, self.world)
                 self.metrics.write(step=done, **found)
                 self.tell(f"step {done}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
                 loss = found["eval_loss"]
-            if asked or (every and (done % every == 0 or done == steps or self.checkpoints.is_best(loss))):
+            if asked or saves(done) or (every and self.checkpoints.is_best(loss)):
                 self.checkpoints.save(done, loss)
 
         self.world.barrier("before the first step")
@@ -273,7 +279,7 @@ class Run:
                 fit(
                     self.model_wrapped, self.optimizer, self.inputs.data, self.inputs.plan, self.config.optim, self.world,
                     range(self.first_step, steps), self.metrics, self.config.log.every, self.unfreezing.before_step, after_step,
-                    self.scaler, self.config.parallel.no_sync, signals,
+                    lambda done: evaluates(done) or saves(done), self.scaler, self.config.parallel.no_sync, signals,
                 )  # fmt: skip
             except Stopped:
                 self.checkpoints.finish()

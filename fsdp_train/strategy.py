@@ -37,7 +37,7 @@ _GOES_WITH = {  # options that only some strategies have
 _OTHERWISE = {  # what to know where one does not fit
     "backward_prefetch": "fsdp2 orders its gathering itself",
     "limit_all_gathers": "fsdp2 never runs ahead of its memory",
-    "compile": "torch compiles FullyShardedDataParallel only with use_orig_params, which would mix what trains with what does not",
+    "compile": "torch compiles FullyShardedDataParallel only with use_orig_params=True; fsdp2 shards the same units",
     "optimizer_in_backward": "the others add up gradients over processes only after a whole bucket or unit",
 }
 
@@ -47,7 +47,8 @@ class ParallelConfig:
     """How the work is spread, and in which precision."""
 
     strategy: Literal["auto", "none", "ddp", "fsdp", "fsdp2", "hsdp"] = option(
-        "auto", "auto: none for one process, fsdp (fsdp2 with compile) for several; ddp: whole copies; fsdp2: fully_shard; hsdp: sharded copies"
+        "auto",
+        "none for one process, else fsdp, or fsdp2 with compile; ddp: whole copies; fsdp2: fully_shard; hsdp: sharded copies",
     )
     sharding: Literal["full_shard", "shard_grad_op", "no_shard"] = option(
         "full_shard", "what is spread: everything, or not the parameters between forward and backward, or nothing"
@@ -62,7 +63,9 @@ class ParallelConfig:
     activation_checkpointing: Literal["none", "full", "selective"] = option(
         "none", "recompute in backward: each decoder layer, or (selective) of it all but matrix products and attention"
     )
-    compile: bool = option(False, "compile each decoder layer (torch.compile): faster steps after a slow first one, less memory")
+    compile: bool = option(
+        False, "compile each decoder layer (torch.compile): faster steps and less memory, after a slow first step"
+    )
     cpu_offload: bool = option(False, "shards of parameters, gradients and optimizer state live in the host's memory")
     backward_prefetch: Literal["pre", "post", "none"] = option(
         "pre", "gather the next unit before this one's gradients (fastest), after them, or when it is needed"
@@ -112,7 +115,7 @@ def chosen_strategy(config: ParallelConfig, processes: int) -> str:
         InputError: the strategy cannot work with this number of processes, or an option with what "auto" means.
     """
     if config.strategy == "auto":
-        several = "fsdp2" if config.compile else "fsdp"
+        several: Literal["fsdp", "fsdp2"] = "fsdp2" if config.compile else "fsdp"
         config = dataclasses.replace(config, strategy="none" if processes == 1 else several)
     if config.strategy == "none" and processes > 1:
         raise InputError(

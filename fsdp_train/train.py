@@ -1,31 +1,26 @@
-"""The training loop: one loss formula, whatever the number of processes and micro-batches.
-
-    loss of a step = sum of cross-entropies / number of targets, both over all micro-batches of all processes
-
-Gradients are averaged over processes by FSDP, so each micro-batch's sum is multiplied by world size / targets.
-"""
+"""The training loop, and the loss on held-out data."""
 
 from __future__ import annotations
 
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from fsdp_train.data import Batch, Dataset, Plan
+from fsdp_train.data import Dataset, Plan
 from fsdp_train.host import undisturbed
 from fsdp_train.log import Metrics, Progress, peak_memory
-from fsdp_train.optim import InBackward, LossScaler, OptimConfig, Optimizer, learning_rate
-from fsdp_train.parallel import clip_gradients, gradients_stay, sum_over_model
+from fsdp_train.optim import LossScaler, OptimConfig, Optimizer, learning_rate
 from fsdp_train.settings import option
 from fsdp_train.signals import Signals, Stopped
+from fsdp_train.step import NonFiniteError, Pending, StepResult, begin_step
 from fsdp_train.world import World
-from llama.errors import InputError, listing
+from llama.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -53,94 +48,6 @@ class TrainConfig:
                 raise InputError(f"--train.{name} {value}: expected at least {least.get(name, 0)}")
         if not 0 < self.max_shard_gb < math.inf:
             raise InputError(f"--train.max_shard_gb {self.max_shard_gb}: expected a positive number")
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or its gradient is NaN or infinite; the message says where. No step was taken."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Of one optimizer step, over all processes: mean loss per target, gradient norm, real tokens, whether fp16 left the update
-    out, and the sums of what else was to be summed."""
-
-    loss: float
-    grad_norm: float
-    tokens: int
-    skipped: bool
-    also: list[float]
-
-
-def train_step(
-    model: nn.Module,
-    optimizer: Optimizer | torch.optim.Optimizer,
-    batches: Sequence[Batch],
-    world: World,
-    grad_clip: float,
-    step: int,
-    scaler: LossScaler | None = None,
-    no_sync: bool = False,
-    also: Sequence[float] = (),
-) -> StepResult:
-    """Forward, backward and update on this process's micro-batches of one step.
-
-    Args:
-        no_sync: add gradients up over processes after the last micro-batch only.
-        also: numbers to be summed over processes on the way.
-
-    Raises:
-        NonFiniteError: on every process alike, before the update.
-    """
-    targets, tokens, *sums = world.sum(sum(b.targets for b in batches), sum(b.tokens for b in batches), *also)
-    scale = scaler.scale if scaler is not None else 1.0
-    losses = []
-    for index, batch in enumerate(batches):
-        with gradients_stay(model) if no_sync and index < len(batches) - 1 else nullcontext():
-            loss = model(**batch.inputs, labels=batch.labels)
-            losses.append(loss.detach())
-            if isinstance(optimizer, InBackward):  # of one micro-batch: after this call it is too late
-                _check_loss(losses, batches, world, step)
-            (loss * (world.size / targets * scale)).backward()
-    total = world.sum(torch.stack(losses).sum())[0]
-    if isinstance(optimizer, InBackward):
-        norm = math.sqrt(sum_over_model(optimizer.squares, model, world))
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"step {step + 1}: the gradient norm is {norm}; weights were updated already: resume")
-    else:
-        if missing := [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]:
-            raise RuntimeError(f"no gradient reaches {listing(missing)}: the forward pass does not use them")
-        if scale != 1:
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(1 / scale)
-        norm = float(clip_gradients(model, grad_clip or math.inf))
-    finite = math.isfinite(norm)
-    if scaler is not None:
-        scaler.update(finite)
-    overflowed = scale > 1 and not finite  # fp16's way of finding the largest scale that it can bear
-    if not (math.isfinite(total) and (finite or overflowed)):
-        optimizer.zero_grad()
-        raise NonFiniteError(_blame(losses, batches, total, norm, world, step))
-    if not overflowed:
-        optimizer.step()
-    optimizer.zero_grad()
-    return StepResult(total / targets, norm, int(tokens), overflowed, sums)
-
-
-def _check_loss(losses: list[torch.Tensor], batches: Sequence[Batch], world: World, step: int) -> None:
-    total = world.sum(torch.stack(losses).sum())[0]
-    if not math.isfinite(total):
-        raise NonFiniteError(_blame(losses, batches, total, math.nan, world, step))
-
-
-def _blame(losses: list[torch.Tensor], batches: Sequence[Batch], total: float, norm: float, world: World, step: int) -> str:
-    """Which processes and samples a non-finite loss came from. All processes must call it."""
-    mine = [where for loss, batch in zip(losses, batches, strict=True) if not torch.isfinite(loss) for where in batch.where]
-    found = [f"rank {rank}: {listing(places)}" for rank, places in enumerate(world.gather(mine)) if places]
-    if found:
-        return f"step {step + 1}: the loss is {total}, from the samples of {'; '.join(found)}"
-    everything = [where for places in world.gather([w for b in batches for w in b.where]) for where in places]
-    return f"step {step + 1}: the loss is finite, its gradient norm is {norm}; samples: {listing(everything)}"
 
 
 @torch.no_grad()
@@ -183,6 +90,7 @@ def fit(
     log_every: int,
     before_step: Callable[[int], None],
     after_step: Callable[[int, bool], None],
+    looks: Callable[[int], bool],
     scaler: LossScaler,
     no_sync: bool,
     signals: Signals,
@@ -192,16 +100,26 @@ def fit(
     Args:
         before_step: called with the step's number, on every process: what trains in it.
         after_step: called with the number of steps done and whether a checkpoint is asked for, on every process.
-        no_sync: see `train_step`.
+        looks: whether `after_step` has something to do after so many steps.
+        no_sync: see `begin_step`.
         signals: what this process has been told meanwhile.
 
     Raises:
-        NonFiniteError: as `train_step`.
+        NonFiniteError: as `Pending.result`.
         Stopped: a signal said so; `after_step` has been called.
     """
     model.train()
     progress = Progress(steps.stop, steps.start, log_every, world.rank == 0)
     busy, seen = 0.0, 0  # seconds of training and tokens since the last row; evaluation and saving do not count
+    late: Pending | None = None  # the step before, while nobody has looked at what it came to
+
+    def tell_of(pending: Pending) -> StepResult:
+        nonlocal seen
+        result = pending.result()
+        seen += result.tokens
+        progress.step(pending.step + 1, result.loss, learning_rate(optim, pending.step, steps.stop), seen / max(busy, 1e-9))
+        return result
+
     with closing(progress), undisturbed(world.device):
         for step in steps:
             began = time.perf_counter()
@@ -212,21 +130,24 @@ def fit(
                 group["lr"] = lr
             before_step(step)
             batches = [data.batch(indices, world.device) for indices in plan.micro_batches(step)]
-            result = train_step(model, optimizer, batches, world, optim.grad_clip, step, scaler, no_sync, signals.take())
-            stop, save = result.also
-            seen += result.tokens
+            pending = begin_step(model, optimizer, batches, world, optim.grad_clip, step, scaler, no_sync, signals.take())
+            (stop, save), done = pending.also, step + 1
+            # The device has this step before anyone waits for the one before it.
+            told = tell_of(late) if late is not None else None
+            late = pending
+            row = done % log_every == 0 or done == steps.stop or stop
+            if row or save or looks(done):
+                told, late = tell_of(pending), None
             busy += time.perf_counter() - began
-            done, speed = step + 1, seen / busy
-            progress.step(done, result.loss, lr, speed)
-            if done % log_every == 0 or done == steps.stop or stop:
-                scaled = {"loss_scale": scaler.scale, "skipped": result.skipped} if scaler.on else {}
+            if row and told is not None:
+                scaled = {"loss_scale": scaler.scale, "skipped": told.skipped} if scaler.on else {}
                 metrics.write(
                     step=done,
-                    loss=result.loss,
+                    loss=told.loss,
                     lr=lr,
-                    grad_norm=result.grad_norm,
-                    tokens=result.tokens,
-                    tokens_per_second=round(speed, 1),
+                    grad_norm=told.grad_norm,
+                    tokens=told.tokens,
+                    tokens_per_second=round(seen / busy, 1),
                     peak_memory_bytes=peak_memory(world.device),
                     **scaled,
                 )

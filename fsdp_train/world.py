@@ -44,8 +44,9 @@ class World:
     quiet: Any = None
 
     def sum(self, *values: float | Tensor) -> list[float]:
-        """Each value summed over all processes, in float64."""
-        total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
+        """Each value summed over all processes, in float64. Numbers are summed on the CPU, without waiting for a GPU."""
+        device = self.device if any(isinstance(v, Tensor) for v in values) else "cpu"
+        total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
         if self.size > 1:
             dist.all_reduce(total)
         return total.tolist()

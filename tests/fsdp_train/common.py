@@ -13,8 +13,8 @@ from fsdp_train.build import wrap_model
 from fsdp_train.data import Plan, Sample, collate
 from fsdp_train.optim import OptimConfig
 from fsdp_train.parallel import full_trainable_state
+from fsdp_train.step import train_step
 from fsdp_train.strategy import ParallelConfig
-from fsdp_train.train import train_step
 from fsdp_train.world import World
 from peft_impl import LlamaAdapterConfig, LoraConfig, PrefixTuningConfig, add_adapter
 from tests.oracle import SHAPES, randomise

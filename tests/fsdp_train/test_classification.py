@@ -25,7 +25,7 @@ from fsdp_train.classification import (
     load_classification,
 )
 from fsdp_train.formats import read_records
-from fsdp_train.train import NonFiniteError
+from fsdp_train.step import NonFiniteError
 from fsdp_train.world import World
 from llama.errors import InputError
 from llama.heads import classification_loss

@@ -15,8 +15,8 @@ import llama
 from fsdp_train.classification import MULTI, REGRESSION, SINGLE, ClassificationDataset, LabelSpace
 from fsdp_train.data import Dataset, Plan, Sample
 from fsdp_train.parallel import full_trainable_state, place_model
+from fsdp_train.step import train_step
 from fsdp_train.strategy import ParallelConfig
-from fsdp_train.train import train_step
 from fsdp_train.world import World, process_group
 from llama import Llama, replace_head
 from peft_impl import LoraConfig, add_adapter, select_parameters, train_only

@@ -16,8 +16,9 @@ from fsdp_train.build import wrap_model
 from fsdp_train.data import Dataset, Plan, collate
 from fsdp_train.optim import OptimConfig
 from fsdp_train.parallel import frozen_checksum, full_trainable_state
+from fsdp_train.step import train_step
 from fsdp_train.strategy import ParallelConfig, Precision
-from fsdp_train.train import evaluate, step_seed, train_step
+from fsdp_train.train import evaluate, step_seed
 from fsdp_train.units import sharding_units
 from fsdp_train.world import process_group
 from llama.errors import InputError

@@ -18,8 +18,8 @@ from fsdp_train.data import Plan, collate
 from fsdp_train.optim import OptimConfig
 from fsdp_train.parallel import full_trainable_state
 from fsdp_train.recompute import checkpoint_activations
+from fsdp_train.step import train_step
 from fsdp_train.strategy import ParallelConfig
-from fsdp_train.train import train_step
 from fsdp_train.units import sharding_units
 from fsdp_train.world import World, process_group
 from llama import Llama, LlamaConfig

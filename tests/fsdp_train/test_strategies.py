@@ -15,8 +15,8 @@ from fsdp_train.data import Plan, collate
 from fsdp_train.optim import OptimConfig
 from fsdp_train.parallel import frozen_checksum, full_trainable_state, held_bytes, local_part
 from fsdp_train.parts import pieces
+from fsdp_train.step import train_step
 from fsdp_train.strategy import ParallelConfig, replicas_and_shards
-from fsdp_train.train import train_step
 from fsdp_train.units import shares, total_bytes
 from fsdp_train.world import World, process_group
 from llama import generate

@@ -18,8 +18,8 @@ from fsdp_train.data import collate
 from fsdp_train.optim import InBackward, LossScaler, OptimConfig
 from fsdp_train.parallel import full_trainable_state, place_model
 from fsdp_train.parts import pieces
+from fsdp_train.step import NonFiniteError, train_step
 from fsdp_train.strategy import ParallelConfig, chosen_strategy, precision_of, replicas_and_shards
-from fsdp_train.train import NonFiniteError, train_step
 from fsdp_train.world import process_group
 from llama.errors import InputError
 from tests.fsdp_train.common import build, samples

@@ -24,6 +24,11 @@ BF16_ROUNDING = 2**-8  # relative: half an ulp, once; terms round too, but indep
 CHUNKS = {"one row": 1, "7 rows": 7 * V, "not a whole row": 7 * V + V - 1, "all rows": N * V, "default": 2**24}
 
 
+def chunks_of(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama.loss.CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("llama.loss.CHUNK_ELEMENTS_TRAINED", elements)
+
+
 def inputs(dtype: torch.dtype = torch.float32, n: int = N) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(n, C, generator=generator).to(dtype).requires_grad_()
@@ -64,7 +69,7 @@ class Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("chunk", CHUNKS.values(), ids=CHUNKS)
 @pytest.mark.parametrize("scale", [1.0, -0.37])
 def test_value_and_gradients(chunk: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama.loss.CHUNK_ELEMENTS", chunk)
+    chunks_of(chunk, monkeypatch)
     for dtype, tolerance in ((torch.float32, FP32_ROUNDING), (torch.float64, FP64_ROUNDING)):
         found = value_and_gradients(linear_cross_entropy, dtype, scale)
         wanted = value_and_gradients(all_at_once, dtype, scale)
@@ -76,7 +81,7 @@ def test_value_and_gradients(chunk: int, scale: float, monkeypatch: pytest.Monke
 
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against finite differences, which know nothing of cross-entropy."""
-    monkeypatch.setattr("llama.loss.CHUNK_ELEMENTS", 2 * V)
+    chunks_of(2 * V, monkeypatch)
     hidden, weight, targets = inputs(torch.float64, n=5)
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets), (hidden, weight), fast_mode=True)
 
@@ -102,7 +107,7 @@ def test_bf16_chunks_add_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     all_at_once(*exact).backward()
     size = exact[1].grad.abs().max().item()
     for chunk in (2**24, V):
-        monkeypatch.setattr("llama.loss.CHUNK_ELEMENTS", chunk)
+        chunks_of(chunk, monkeypatch)
         weight.grad = None
         linear_cross_entropy(hidden, weight, targets).backward()
         assert largest(weight.grad, exact[1].grad) <= BF16_ROUNDING * size, chunk
@@ -110,7 +115,7 @@ def test_bf16_chunks_add_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_tensor_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, n = 16, 400
-    monkeypatch.setattr("llama.loss.CHUNK_ELEMENTS", rows * V)
+    chunks_of(rows * V, monkeypatch)
     for function, bound in ((linear_cross_entropy, max(n * C, V * C, rows * V)), (all_at_once, n * V)):
         hidden, weight, targets = inputs(n=n)
         with Recorder() as seen:
@@ -126,7 +131,7 @@ def test_only_wanted_gradients_cost_anything(
     train_hidden: bool, train_weight: bool, grad_enabled: bool, products: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Matrix products per chunk: one for the logits, one for each gradient; a frozen head (LoRA) or no_grad saves them."""
-    monkeypatch.setattr("llama.loss.CHUNK_ELEMENTS", 10 * V)
+    chunks_of(10 * V, monkeypatch)
     hidden, weight, targets = inputs()
     with torch.set_grad_enabled(grad_enabled), Recorder() as seen:
         loss = linear_cross_entropy(hidden.requires_grad_(train_hidden), weight.requires_grad_(train_weight), targets)
@@ -185,7 +190,7 @@ def test_the_models_loss_is_hfs_mean_times_the_number_of_targets(shape: str, dir
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_models_loss_in_float64(shape: str, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle's loss is spelled out here, since HF's casts logits to fp32. Relative, as in test_model."""
-    monkeypatch.setattr("llama.loss.CHUNK_ELEMENTS", 4 * 97)
+    chunks_of(4 * 97, monkeypatch)
     ids, labels, _ = sample()
     with float64_oracle():
         ours, oracle = llama.load(directories[shape], torch.float64), hf_model(directories[shape], torch.float64)

@@ -16,8 +16,8 @@ from fsdp_train.data import Sample, collate
 from fsdp_train.optim import OptimConfig
 from fsdp_train.packing import PackedDataset
 from fsdp_train.partial import PartialConfig
+from fsdp_train.step import train_step
 from fsdp_train.strategy import ParallelConfig
-from fsdp_train.train import train_step
 from fsdp_train.world import World
 from llama.loss import IGNORE
 from llama.weight_files import open_weights
@@ -72,7 +72,8 @@ def hugging_face(case: Case, directory: Path, device: torch.device, compiled: bo
 
     frozen = case.method not in ("full", "partial")
     kind: dict[str, Any] = {"dtype": torch.bfloat16 if frozen else torch.float32, "attn_implementation": "sdpa"}
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, **kind).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, **kind)
+    model = model.to(device)
     layers = model.config.num_hidden_layers
     task: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     if case.method == "lora":
