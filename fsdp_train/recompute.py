@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections import defaultdict, deque
 from typing import Any
 
 import torch
+import torch._dynamo as dynamo
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     CheckpointWrapper,
@@ -37,16 +40,26 @@ def checkpoint_activations(model: nn.Module, kind: str, compiled: bool = False) 
 
     Args:
         kind: "full" stores a layer's input only, and costs a second forward pass; "selective" keeps the outputs of matrix
-            products and attention too, and computes again only what lies between them.
+            products and attention too, and computes again only what lies between them. "offload" is "full", with the layers'
+            inputs in the host's memory until backward.
         compiled: `compile_layers` follows, which knows torch's own form of the latter only.
     """
     keep_and_reuse = functools.partial(create_selective_checkpoint_contexts, list(KEPT)) if compiled else _keep_and_reuse
     context: dict[str, Any] = {"context_fn": keep_and_reuse} if kind == "selective" else {}
+    wrapper: Any = _Offloaded if kind == "offload" else checkpoint_wrapper
     apply_activation_checkpointing(
         model,
-        checkpoint_wrapper_fn=functools.partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT, **context),
+        checkpoint_wrapper_fn=functools.partial(wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT, **context),
         check_fn=lambda module: isinstance(module, DecoderLayer),
     )
+
+
+class _Offloaded(CheckpointWrapper):
+    """What a checkpointed layer stores, its input, goes to the host, through pinned memory, and comes back for backward."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with save_on_cpu(pin_memory=torch.cuda.is_available()):
+            return super().forward(*args, **kwargs)
 
 
 class _Keep(TorchDispatchMode):
@@ -81,6 +94,8 @@ def compile_layers(model: nn.Module) -> None:
 
     What is not a layer stays as it is: the embedding is a lookup, and the head has its own form (llama/loss.py).
     """
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # what is cached never changes
+    dynamo.config.recompile_limit = 64  # training, evaluation and generation, each with shapes of its own
     wrapper_of = wrappers(model)
     for layer in [module for module in model.modules() if isinstance(module, DecoderLayer)]:
         wrapper_of.get(layer, layer).compile(fullgraph=True)

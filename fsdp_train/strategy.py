@@ -60,8 +60,10 @@ class ParallelConfig:
         "auto", "of the computation; auto: bf16 where the hardware has it; fp16 scales its loss"
     )
     reduce_dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "in which gradients are added up over processes")
-    activation_checkpointing: Literal["none", "full", "selective"] = option(
-        "none", "recompute in backward: each decoder layer, or (selective) of it all but matrix products and attention"
+    activation_checkpointing: Literal["none", "full", "selective", "offload"] = option(
+        "none",
+        "recompute in backward: each decoder layer (offload: its input waits in the host's memory), or (selective) all of it"
+        " but matrix products and attention",
     )
     compile: bool = option(
         False, "compile each decoder layer (torch.compile): faster steps and less memory, after a slow first step"
@@ -87,6 +89,8 @@ class ParallelConfig:
         for name in ("replicas", "reshard_to"):
             if getattr(self, name) < 0:
                 raise InputError(f"--parallel.{name} {getattr(self, name)}: expected at least 1, or 0 for the default")
+        if self.compile and self.activation_checkpointing == "offload":
+            raise InputError("--parallel.compile true: compiled layers keep what they store; leave out one of it and offload")
         if self.strategy == "auto":
             return
         for name, strategies in _GOES_WITH.items():

@@ -111,6 +111,8 @@ def process_group(config: ParallelConfig) -> Iterator[World]:
     device = _device(local_rank, local_size)
     if config.cpu_offload and device.type == "cpu":
         raise InputError("--parallel.cpu_offload true moves shards from a GPU to the host; here there is no GPU")
+    if config.activation_checkpointing == "offload" and device.type == "cpu":
+        raise InputError("--parallel.activation_checkpointing offload moves activations from a GPU to the host; here is no GPU")
     if strategy == "none":
         yield World(rank, size, local_rank, local_size, device, config.timeout)
         return

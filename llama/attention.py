@@ -72,18 +72,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Documents | None) 
     Returns:
         (B, H, T, D)
     """
+    # Compiled code may round otherwise than eager code does; uncompiled, the kernel is Hugging Face's, and so is every bit.
+    quick = torch.compiler.is_compiling() and q.device.type == "cpu" and q.dtype == torch.bfloat16
     if isinstance(mask, Tensor):
+        if quick and q.shape[2] == 1:
+            return _one_query(q, k, v, mask)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     if q.is_cuda and mask is not None and q.dtype in (torch.bfloat16, torch.float16):
         return _varlen(q, k, v, mask)
-    # Compiled code may round otherwise than eager code does; uncompiled, the kernel is Hugging Face's, and so is every bit.
-    quick = torch.compiler.is_compiling() and q.device.type == "cpu" and q.dtype == torch.bfloat16
     if mask is not None or quick:
         return _blockwise(q, k, v, None if mask is None else mask.bounds)
     # Idle queries in front make it square, which every fused kernel knows; a mask would be dense, and leave those kernels.
     idle = k.shape[2] - q.shape[2]
     square = F.pad(q, (0, 0, idle, 0)) if idle else q
     return F.scaled_dot_product_attention(square, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])[:, :, idle:]
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Of a row that is being generated: sums that the compiler fuses, where a CPU's fused kernel is made for many queries."""
+    q = q.unflatten(1, (k.shape[1], -1))  # (B, G, R, 1, D)
+    scores = (q.float() * k[:, :, None].float()).sum(-1) / math.sqrt(q.shape[-1])  # (B, G, R, S)
+    p = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return (p[..., None] * v[:, :, None].float()).sum(-2, keepdim=True).to(q.dtype).flatten(1, 2)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:

@@ -20,7 +20,7 @@ class LayerCache:
         self.v: Tensor | None = None
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new k, v (B, G, T, D) at `cache.positions`; return all keys and values of slots 0..extent-1."""
+        """Store the new k, v (B, G, T, D) at `cache.positions`; return all keys and values of slots 0..shown-1."""
         if self.k is None or self.v is None:
             shape = (*k.shape[:2], self.cache.capacity, k.shape[3])
             # Zeros, not empty: a masked slot still enters the product 0 * value, and 0 * NaN is NaN.
@@ -28,7 +28,7 @@ class LayerCache:
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
         self.k[rows, :, self.cache.positions] = k.transpose(1, 2)  # (B, T, G, D) into slots (B, T)
         self.v[rows, :, self.cache.positions] = v.transpose(1, 2)
-        return self.k[:, :, : self.cache.extent], self.v[:, :, : self.cache.extent]
+        return self.k[:, :, : self.cache.shown], self.v[:, :, : self.cache.shown]
 
 
 class KVCache:
@@ -37,13 +37,19 @@ class KVCache:
     Args:
         num_layers: layers of the model.
         capacity: slots per row, at least the longest prompt plus all tokens to be generated.
+        grain: slots are shown in multiples of it, those that are not filled yet with a mask: compiled code sees few shapes.
     """
 
-    def __init__(self, num_layers: int, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, num_layers: int, capacity: int, grain: int = 1) -> None:
+        self.grain, self.capacity = grain, -(-capacity // grain) * grain
         self.extent = 0  # slots that any row may have filled: the longest row's length
         self.positions: Tensor = torch.empty(0)
         self.layers = [LayerCache(self) for _ in range(num_layers)]
+
+    @property
+    def shown(self) -> int:
+        """Slots that attention looks at."""
+        return -(-self.extent // self.grain) * self.grain
 
     def advance(self, positions: Tensor) -> None:
         """Make room for one call's tokens, whose positions are (B, T). The longest row grows by exactly T."""

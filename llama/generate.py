@@ -14,6 +14,8 @@ from llama.cache import KVCache
 from llama.errors import InputError
 from llama.model import Llama
 
+GRAIN = 128  # slots of the cache that compiled layers see more of at a time
+
 
 def generate(
     model: Llama,
@@ -82,7 +84,9 @@ def generate_steps(
     ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long, device=device)  # right-padded with any valid id
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
-    cache = KVCache(model.config.num_hidden_layers, ids.shape[1] + max_new_tokens) if use_cache else None
+    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
+    grain = GRAIN if compiled else 1
+    cache = KVCache(model.config.num_hidden_layers, ids.shape[1] + max_new_tokens, grain) if use_cache else None
 
     was_training = model.training
     model.eval()

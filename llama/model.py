@@ -155,8 +155,8 @@ class LlamaModel(nn.Module):
             positions = torch.arange(start, start + T, device=input_ids.device)
         if cache is not None:
             cache.advance(positions.expand(B, T))
-            if mask is None and start > 0:  # the first call is causal with S == T, and needs no mask
-                slots = torch.arange(cache.extent, device=input_ids.device)
+            if mask is None and (start > 0 or cache.shown > T):  # a first call that fills what is shown is causal with S == T
+                slots = torch.arange(cache.shown, device=input_ids.device)
                 mask = (slots <= positions.expand(B, T)[..., None])[:, None]  # (B, 1, T, S)
         x = self.embed_tokens(input_ids)
         x = x.to(self.compute_dtype or self.embed_tokens.weight.dtype)  # an adapter's copy of the embedding is in fp32

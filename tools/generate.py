@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import llama
+from fsdp_train.recompute import compile_layers
 from fsdp_train.settings import fail
 from fsdp_train.templates import alpaca_prompt, encode_prompt
 from llama import InputError, Llama, StreamDecoder, Tokenizer, chat_prompt, generate_steps
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="sample among this much probability (default: 1)")
     parser.add_argument("--seed", type=int, metavar="N", help="of the sampling")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--compile", action="store_true", help="compile the layers: faster tokens, after a slow first one")
     options = parser.parse_args(arguments)
     if bool(options.prompt) == options.chat:
         parser.error("give --prompt TEXT, or --chat")
@@ -61,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tokenizer = Tokenizer(options.tokenizer or options.model)
         model = llama.load(options.model, dtype[options.dtype], device)
         names = load_adapters(model, options.adapter)
+        if options.compile:
+            compile_layers(model)
         if options.chat:
             if len(names) > 1:
                 raise InputError(f"--chat is a conversation with one adapter, not with {', '.join(names)}")

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from tools.benchmark.row import MARK, Row
 IDLE = 0.95  # part of the processors' time, over one second
 PATIENCE = 30  # seconds to wait for it
 TIMEOUT = 1800
+OTHERS = ("litgpt", "torchtune")
 
 
 def main() -> None:
@@ -49,6 +51,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, help="tokens of each (default: 512 on a CPU, 2048 on a GPU)")
     parser.add_argument("--data", default="", help="instructions whose lengths are real, .json")
     parser.add_argument("--tokenizer", default="", help="directory or file, for --data")
+    parser.add_argument(
+        "--peers_python",
+        default=sys.executable,
+        metavar="PATH",
+        help="of another environment, with litgpt and torchtune: the latter wants an older torchao than peft",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds over the documents in each process")
     parser.add_argument("--repeats", type=int, default=2, help="processes per row, in turns")
     parser.add_argument("--output", type=Path, default=Path("benchmark"), help="table, JSON and chart go here")
@@ -75,8 +83,8 @@ def _case(case: Case, arguments: argparse.Namespace) -> Case:
     return dataclasses.replace(
         case,
         size=arguments.size or ("7b" if gpu else "S"),
-        batch=arguments.batch or (case.batch if real else 2 if gpu else 4),
-        length=arguments.length or (2048 if gpu else 512),
+        batch=arguments.batch or (case.batch if real or case.method == "generate" else 2 if gpu else 4),
+        length=arguments.length or (case.length if case.method == "generate" else 2048 if gpu else 512),
     )
 
 
@@ -109,11 +117,12 @@ def run(cases: list[Case], programs: list[str], arguments: argparse.Namespace) -
 
 def _one(result: Result, weights: Path, arguments: argparse.Namespace) -> None:
     case, (_, _, needs) = result.case, PROGRAMS[result.program]
-    if missing := [name for name in needs if find_spec(name) is None]:
+    python = arguments.peers_python if result.program.startswith(OTHERS) else sys.executable
+    if missing := [name for name in needs if not _installed(name, python)]:
         result.missing = f"not installed: {', '.join(missing)}"
     elif reason := data_missing(case, arguments.data, arguments.tokenizer):
         result.missing = reason
-    elif result.program.startswith(("litgpt", "torchtune")) and (case.method not in ("lora", "full") or case.checkpointing):
+    elif result.program.startswith(OTHERS) and (case.method not in ("lora", "full") or case.checkpointing):
         result.missing = "not compared"
     if result.missing:
         return
@@ -124,7 +133,7 @@ def _one(result: Result, weights: Path, arguments: argparse.Namespace) -> None:
     environment = dict(os.environ)
     if arguments.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run([sys.executable, "-m", "tools.benchmark.row", json.dumps(task)], capture_output=True, text=True,
+    done = subprocess.run([python, "-m", "tools.benchmark.row", json.dumps(task)], capture_output=True, text=True,
                           env=environment, timeout=TIMEOUT)  # fmt: skip
     found = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not found:
@@ -135,6 +144,13 @@ def _one(result: Result, weights: Path, arguments: argparse.Namespace) -> None:
     result.rows.append(row)
     result.noisy |= not idle
     print(f"{row.tokens / min(row.seconds):,.0f} tokens/s, {row.peak_bytes / 1e9:.2f} GB", flush=True)
+
+
+@lru_cache
+def _installed(name: str, python: str) -> bool:
+    if python == sys.executable:
+        return find_spec(name) is not None
+    return subprocess.run([python, "-c", f"import {name}"], capture_output=True).returncode == 0
 
 
 def _wait_until_idle() -> bool:

@@ -79,8 +79,10 @@ CASES = {
     "prefix": Case("prefix", "fixed"),
     "partial": Case("partial", "fixed"),
     "checkpointing": Case("lora", "fixed", checkpointing=True),
+    "generate": Case("generate", "fixed", batch=8, length=64),
 }
 DOCUMENTS = 96  # of a file, in the regime "real"
+NEW_TOKENS = 128  # of a row that is generated
 ROW = 2048  # tokens of a row that they are packed into
 
 
@@ -117,6 +119,8 @@ def flops(case: Case, config: LlamaConfig, documents: list[Sample], trained: int
     targets = sum(int((d.labels[1:] != IGNORE).sum()) for d in documents)
     squares = sum(len(d.ids) ** 2 for d in documents)
     attention = 6 * L * D * squares
+    if case.method == "generate":
+        return 2 * (L * block + D * V) * len(documents) * NEW_TOKENS
     if case.method == "full":
         return 6 * (L * block * tokens + D * V * targets) + attention
     if case.method == "partial":  # the last two layers: gradients end below them

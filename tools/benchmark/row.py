@@ -20,7 +20,8 @@ from fsdp_train.host import undisturbed
 from fsdp_train.log import peak_memory
 from fsdp_train.strategy import ParallelConfig
 from fsdp_train.world import process_group
-from tools.benchmark.cases import SIZES, Case, flops, steps
+from tools.benchmark import generation
+from tools.benchmark.cases import NEW_TOKENS, SIZES, Case, flops, steps
 from tools.benchmark.programs import LEARNING_RATE, PROGRAMS
 
 MARK = "row: "
@@ -49,6 +50,8 @@ class Row:
 def measure(program: str, case: Case, weights: Path, data: str, tokenizer: str, rounds: int) -> Row:
     """Two rounds to warm up, the first with a learning rate of zero, then `rounds` timed ones."""
     build, compiled, _ = PROGRAMS[program]
+    if case.method == "generate":
+        return measure_generation(program, case, weights, rounds)
     with ExitStack() as stack:
         world = stack.enter_context(process_group(ParallelConfig()))
         torch.manual_seed(0)
@@ -60,6 +63,7 @@ def measure(program: str, case: Case, weights: Path, data: str, tokenizer: str, 
         gc.disable()  # as in `fit`; peers gain from it, too
         if program.startswith("ours"):
             stack.enter_context(undisturbed(world.device))
+        rounds = 2 if case.regime == "real" else rounds  # of many steps each
         for index in range(rounds + 2):
             for group in optimizer.param_groups:
                 group["lr"] = 0.0 if index == 0 else LEARNING_RATE
@@ -78,6 +82,25 @@ def measure(program: str, case: Case, weights: Path, data: str, tokenizer: str, 
         tokens = sum(len(d.ids) for d in documents)
         operations = flops(case, SIZES[case.size], documents, trained)
         return Row(seconds, tokens, operations, losses, trained, first_step, peak_memory(world.device))
+
+
+def measure_generation(program: str, case: Case, weights: Path, rounds: int) -> Row:
+    """One call to warm up, then `rounds` timed ones; the losses are those of the prompts."""
+    build = generation.ours if program.startswith("ours") else generation.hugging_face
+    with process_group(ParallelConfig()) as world:
+        documents = steps(case, SIZES[case.size], "", "", False)[0]
+        prompts = [document.ids.tolist() for document in documents]
+        _, generate, loss = build(weights, world.device, PROGRAMS[program][1])
+        with torch.no_grad():
+            losses = [float(loss(torch.tensor(prompts, device=world.device)))] * 2
+        seconds = []
+        for _ in range(rounds + 1):
+            began = time.perf_counter()
+            generate(prompts)
+            seconds.append(time.perf_counter() - began)
+        tokens = len(prompts) * NEW_TOKENS
+        operations = flops(case, SIZES[case.size], documents, 0)
+        return Row(seconds[1:], tokens, operations, losses, 0, seconds[0], peak_memory(world.device))
 
 
 if __name__ == "__main__":
