@@ -273,6 +273,8 @@ class Run:
             if asked or saves(done) or (every and self.checkpoints.is_best(loss)):
                 self.checkpoints.save(done, loss)
 
+        if self.config.parallel.compile:
+            self.tell("compiling: steps with a new shape take longer, the first one most")
         self.world.barrier("before the first step")
         with Signals(lambda: self.checkpoints.failed) as signals:
             try:

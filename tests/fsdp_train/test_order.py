@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llama
-from fsdp_train.data import Plan, Sample, collate, epoch_order, load_dataset
+from fsdp_train.data import Plan, Sample, by_length, collate, epoch_order, load_dataset
 from tests.fsdp_train.conftest import CONTEXT, VOCAB, alpaca_records
 from tests.oracle import SHAPES, randomise
 
@@ -84,6 +84,43 @@ def test_each_epoch_has_every_sample_once(n: int) -> None:
             plans = [Plan(n, batch, accum, world, rank, 5, True) for rank in range(world)]
             seen = [i for step in steps for plan in plans for indices in plan.micro_batches(step) for i in indices]
             assert sorted(seen) == list(range(n))
+
+
+# --- like lengths together ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 29, 1100])
+def test_an_order_by_length_is_an_order(n: int) -> None:
+    """Every sample once, the same however the work is split, another one in each epoch, and a function of its arguments."""
+    lengths = [1 + (i * 7919) % 97 for i in range(n)]
+    for epoch in range(3):
+        order = by_length(lengths, 5, epoch, 8).tolist()
+        assert sorted(order) == list(range(n))
+        assert order[n // 8 * 8 :] == epoch_order(n, 5, epoch, True).tolist()[n // 8 * 8 :]
+        for world, batch, accum in SPLITS[:4]:
+            plans = [Plan(n, batch, accum, world, rank, 5, True, lengths) for rank in range(world)]
+            per_epoch = -(-n // 8)
+            for step in (epoch * per_epoch, (epoch + 1) * per_epoch - 1):
+                within = step % per_epoch
+                seen = [i for plan in plans for indices in plan.micro_batches(step) for i in indices]
+                assert sorted(seen) == sorted(order[8 * within : 8 * within + 8])
+    if n > 64:
+        assert (
+            by_length(lengths, 5, 0, 8).tolist() != by_length(lengths, 5, 1, 8).tolist() != by_length(lengths, 6, 1, 8).tolist()
+        )
+
+
+def test_an_order_by_length_pads_little() -> None:
+    lengths = [int(x) for x in np.random.default_rng(0).integers(10, 500, 4096)]
+
+    def padded(order: torch.Tensor) -> float:
+        batches = [[lengths[i] for i in order[start : start + 8].tolist()] for start in range(0, 4096, 8)]
+        return sum(8 * max(batch) for batch in batches) / sum(lengths)
+
+    assert padded(epoch_order(4096, 0, 0, True)) > 1.6
+    assert padded(by_length(lengths, 0, 0, 8)) < 1.03
+    plan = Plan(4096, 8, 1, 1, 0, 0, False, lengths)
+    assert plan.micro_batches(1) == [list(range(8, 16))]  # as in the file means as in the file
 
 
 # --- batches ------------------------------------------------------------------------------------------------------------
