@@ -21,6 +21,7 @@ from fsdp_train.settings import option
 from fsdp_train.templates import alpaca_prompt, encode_pair
 from llama import Tokenizer
 from llama.errors import InputError, listing
+from llama.heads import learned_positions
 from llama.loss import IGNORE
 
 
@@ -311,10 +312,11 @@ def collate(samples: Sequence[Sample], device: torch.device) -> Batch:
     for row, sample in enumerate(samples):
         ids[row, : len(sample.ids)] = sample.ids
         labels[row, : len(sample.ids)] = sample.labels
+    learned = learned_positions(torch.from_numpy(labels))
     return Batch(
-        {"input_ids": on_device(torch.from_numpy(ids), device)},
+        {"input_ids": on_device(torch.from_numpy(ids), device), "learned": on_device(learned, device)},
         on_device(torch.from_numpy(labels), device),
         sum(len(s.ids) for s in samples),
-        int((labels[:, 1:] != IGNORE).sum()),
+        len(learned),
         [s.where for s in samples],
     )

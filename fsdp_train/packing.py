@@ -18,6 +18,7 @@ import torch
 
 from fsdp_train.data import Batch, Dataset, on_device
 from llama.attention import Documents
+from llama.heads import learned_positions
 from llama.loss import IGNORE
 
 
@@ -83,15 +84,16 @@ class PackedDataset(Dataset):
                 labels[row, start + 1 : end] = document.labels[1:]
                 start = end
         lengths = [[len(d.ids) for d in documents] for documents in rows] or [[self.width]]
-        where = Documents.of(lengths, self.width)
+        where, learned = Documents.of(lengths, self.width), learned_positions(torch.from_numpy(labels))
         return Batch(
             {
                 "input_ids": on_device(torch.from_numpy(ids), device),
                 "documents": Documents(on_device(where.positions, device), on_device(where.bounds, device)),
+                "learned": on_device(learned, device),
             },
             on_device(torch.from_numpy(labels), device),
             sum(len(d.ids) for documents in rows for d in documents),
-            int((labels != IGNORE).sum()),
+            len(learned),
             [d.where for documents in rows for d in documents],
         )
 

@@ -182,7 +182,7 @@ def shard_in_place(
         fully_shard(
             wrapper_of.get(unit, unit),
             mesh=mesh if replicas > 1 else mesh["shard"],
-            reshard_after_forward=False if unit is last else after_forward,
+            reshard_after_forward=False if unit in (last, model) else after_forward,  # the root's backward begins at once
             mp_policy=MixedPrecisionPolicy(param_dtype=computing, **kept),
             offload_policy=CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
         )

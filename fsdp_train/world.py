@@ -45,7 +45,10 @@ class World:
 
     def sum(self, *values: float | Tensor) -> list[float]:
         """Each value summed over all processes, in float64. Numbers are summed on the CPU, without waiting for a GPU."""
-        device = self.device if any(isinstance(v, Tensor) for v in values) else "cpu"
+        on_device = any(isinstance(v, Tensor) for v in values)
+        if self.size == 1 and not on_device:
+            return [float(v) for v in values]
+        device = self.device if on_device else "cpu"
         total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
         if self.size > 1:
             dist.all_reduce(total)

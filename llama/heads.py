@@ -57,16 +57,27 @@ class LanguageModelHead(Linear):
             nn.init.zeros_(self.back.weight)
         self.is_deep = bool(config.head_hidden)
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """hidden (B, T, C) -> logits (B, T, V); with labels (B, T), -> the loss of `Llama.forward`."""
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, learned: Tensor | None = None) -> Tensor:
+        """hidden (B, T, C) -> logits (B, T, V); with labels (B, T), -> the loss of `Llama.forward`, as `learned` there."""
         if labels is None:
             return super().forward(self._deepened(hidden))
-        targets = labels[:, 1:]  # position t predicts the label of t + 1
-        chosen = targets != IGNORE
-        return linear_cross_entropy(self._deepened(hidden[:, :-1][chosen]), self.weight, targets[chosen])
+        if learned is None:
+            learned = learned_positions(labels)
+        predicting = hidden.flatten(0, 1)[learned - 1]  # position t predicts the label of t + 1
+        return linear_cross_entropy(self._deepened(predicting), self.weight, labels.flatten()[learned])
 
     def _deepened(self, hidden: Tensor) -> Tensor:
         return hidden + self.back(self.extra(hidden)) if self.is_deep else hidden
+
+
+def learned_positions(labels: Tensor) -> Tensor:
+    """(N,) where the flattened labels (B, T) are a target: not -100, nor in the first column, which nothing predicts.
+
+    On a GPU this waits for the device, as their number depends on the labels.
+    """
+    chosen = labels != IGNORE
+    chosen[:, 0] = False
+    return chosen.flatten().nonzero()[:, 0]
 
 
 class ClassificationHead(Linear):

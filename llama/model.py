@@ -198,6 +198,7 @@ class Llama(nn.Module):
         documents: Documents | None = None,
         cache: KVCache | None = None,
         last: Tensor | None = None,
+        learned: Tensor | None = None,
     ) -> Tensor:
         """Logits, or the loss when `labels` are given.
 
@@ -211,6 +212,7 @@ class Llama(nn.Module):
             cache: filled and read by this call.
             last: (B,) index of the one token per row whose logits are wanted. A classifier looks at it, or at the last
                 column without it.
+            learned: `learned_positions(labels)`, where the caller knows them already.
 
         Returns:
             Logits (B, T, V), or (B, 1, V) with `last`, or a classifier's (B, K); with labels, the *sum* of the losses over
@@ -222,4 +224,5 @@ class Llama(nn.Module):
             hidden = self.model(input_ids, positions, mask, cache)
         if last is not None:
             hidden = hidden[torch.arange(len(last), device=last.device), last][:, None]
-        return cast(Tensor, self.head(hidden, labels))
+        known = () if learned is None or labels is None else (learned,)
+        return cast(Tensor, self.head(hidden, labels, *known))

@@ -20,9 +20,9 @@ class Replaceable(nn.Module):
     copies: nn.ModuleDict
     adapters: Adapters
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None = None, *known: Tensor) -> Tensor:
         """As the module itself; with `labels` (the head's), the sum over rows of the loss of each row's own copy."""
-        base, given = super().forward, (x,) if labels is None else (x, labels)
+        base, given = super().forward, (x,) if labels is None else (x, labels, *known)
         used = {name: rows for name in self.copies if (rows := self.adapters.rows(name, x)) is not False}
         for name, rows in used.items():
             if rows is True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_generated_code_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     plain, compiled = build("full").eval(), build("full").eval()
     compile_layers(compiled)
     prompts = [[3, 4, 5], [7, 8, 9, 10, 11]]
-    monkeypatch.setattr("llama.generate.GRAIN", 8)
+    monkeypatch.setattr(sys.modules["llama.generate"], "GRAIN", 8)
     assert llama.generate(compiled, prompts, 6) == llama.generate(plain, prompts, 6)
 
 

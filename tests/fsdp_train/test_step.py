@@ -21,31 +21,35 @@ WORLD = World(0, 1, 0, 1, torch.device("cpu"))
 
 
 class Waits(TorchDispatchMode):
-    """Operations for which a host would wait for a GPU."""
+    """Operations for which a host would wait for a GPU: numbers that are read, and results whose size depends on values."""
 
     FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "aten.equal.")
 
-    def __init__(self) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.seen: list[str] = []
+        read = torch.Tensor.tolist  # is not dispatched
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: [self.seen.append("tolist"), read(tensor)][1])
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(name in str(function) for name in self.FORBIDDEN):
             self.seen.append(str(function))
+        if "aten.index." in str(function) and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            self.seen.append("index by mask")
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "prefix"])
-def test_nothing_in_a_step_waits_for_the_device(method: str) -> None:
+def test_nothing_in_a_step_waits_for_the_device(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = wrap_model(build(method), ParallelConfig(precision="fp32"), OptimConfig(), WORLD)
     batches = [collate(samples(3), WORLD.device)]
     begin_step(model, optimizer, batches, WORLD, 1.0, 0)
-    with Waits() as waits:
+    with Waits(monkeypatch) as waits:
         pending = begin_step(model, optimizer, batches, WORLD, 1.0, 1)
     assert waits.seen == []
     with waits:
         pending.result()
-    assert waits.seen  # this is what waiting looks like
+    assert waits.seen == ["tolist"]  # this is what waiting looks like
 
 
 def test_a_spoilt_step_and_all_after_it_change_nothing() -> None:

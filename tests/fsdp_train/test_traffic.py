@@ -39,19 +39,25 @@ class Traffic(TorchDispatchMode):
         for name, whole in (("_allgather_base_", 0), ("_reduce_scatter_base_", 1)):
             if f"c10d.{name}." in str(function):
                 self.bytes[name] += args[whole].numel() * args[whole].itemsize
+        if "c10d.allgather_." in str(function):  # a list of parts, on CPUs
+            self.bytes["_allgather_base_"] += sum(t.numel() * t.itemsize for parts in args[0] for t in parts)
         return function(*args, **(kwargs or {}))
 
 
 def expected(model: nn.Module, world: World, config: ParallelConfig) -> dict[str, int]:
     """A unit is gathered for forward, and, where it was spread again, for backward; the gradients of what trains are scattered
-    once. What stands below all that trains has no backward; the root stays as it is."""
+    once. A frozen embedding has no backward: FSDP gathers it once, or, where only backward spreads units again, never again;
+    `fully_shard` fetches it ahead all the same. The root stays as it is."""
     rows = shares(model, world.size, config.strategy == "fsdp2", 0, config.compile)
     trains = any(row.trainable == row.parameters for row in rows if row.name == "model.embed_tokens")
     gathered = 0
     for row in rows:
-        once = row.name == "(what is left)" or config.sharding != "full_shard"
-        once |= row.name == "model.embed_tokens" and not trains
-        gathered += row.count * row.parameter_bytes * (1 if once else 2)
+        stays, below = (
+            config.sharding != "full_shard",
+            row.name == "model.embed_tokens" and not trains and config.strategy == "fsdp",
+        )
+        times = 2 - (row.name == "(what is left)" or stays) - below
+        gathered += row.count * row.parameter_bytes * times
     scattered = sum(row.count * row.gradient_bytes for row in rows)
     return {"_allgather_base_": gathered * world.size, "_reduce_scatter_base_": scattered * world.size}
 

@@ -70,7 +70,7 @@ def test_the_table_has_ratios_of_the_best() -> None:
 
 @pytest.mark.parametrize("method", ["full", "lora", "partial"])
 def test_the_arithmetic_is_what_torch_counts(method: str, tmp_path: Path) -> None:
-    """Matrix products with weights: torch counts them one by one. Attention is left out there (a triangle here, a square there)."""
+    """Matrix products with weights, which torch counts one by one; attention, a triangle here and a square there, left out."""
     config = dataclasses.replace(SIZES["tiny"], num_hidden_layers=4)
     torch.manual_seed(0)
     llama.save(llama.Llama(config), tmp_path)
