@@ -15,7 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["llama", "peft_impl", "fsdp_train", "tools"],
+    packages=["llama", "peft_impl", "fsdp_train", "tools", "tools.benchmark"],
     package_data={"llama": ["py.typed"], "peft_impl": ["py.typed"], "fsdp_train": ["py.typed", "demo/**/*"]},
     install_requires=["torch>=2.11", "sentencepiece>=0.2", "safetensors>=0.5", "numpy>=1.26"],
     extras_require={

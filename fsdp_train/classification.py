@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fsdp_train.data import Batch, Dataset, Plan, Sample, on_device
+from fsdp_train.data import Batch, Dataset, Sample, on_device
 from fsdp_train.formats import Record, read_records
+from fsdp_train.order import Plan
 from fsdp_train.step import NonFiniteError
 from fsdp_train.templates import encode_prompt
 from fsdp_train.world import World

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from fsdp_train.build import check_tokenizer, load_tokenizer
 from fsdp_train.classification import ClassificationDataset, LabelSpace, load_classification
 from fsdp_train.config import RunConfig
-from fsdp_train.data import Dataset, Plan, load_dataset
+from fsdp_train.data import Dataset, load_dataset
 from fsdp_train.heads import known_labels, labels_of_adapter, wanted
+from fsdp_train.order import Plan
 from fsdp_train.packing import packed
 from fsdp_train.world import World
 from llama import PRESETS, LlamaConfig, Tokenizer

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fsdp_train.data import Dataset, Plan
+from fsdp_train.data import Dataset
 from fsdp_train.log import no_picture, write_whole
+from fsdp_train.order import Plan
 from fsdp_train.parallel import is_spread, local_part, plain_name, sum_over_model
 from fsdp_train.settings import option
 from fsdp_train.world import World

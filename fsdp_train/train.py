@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fsdp_train.data import Dataset, Plan
+from fsdp_train.data import Dataset
 from fsdp_train.host import undisturbed
 from fsdp_train.log import Metrics, Progress, peak_memory
 from fsdp_train.optim import LossScaler, OptimConfig, Optimizer, learning_rate
+from fsdp_train.order import Plan
 from fsdp_train.settings import option
 from fsdp_train.signals import Signals, Stopped
 from fsdp_train.step import NonFiniteError, Pending, StepResult, begin_step

@@ -24,6 +24,7 @@ OPTIONAL = {
     "fsdp_train/log.py": {"tqdm"},
     "fsdp_train/partial.py": {"matplotlib"},
     "tools/compare_methods.py": {"matplotlib"},
+    "tools/benchmark/generation.py": {"transformers"},
     "tools/benchmark/programs.py": {"transformers", "peft", "litgpt", "torchtune"},
     "tools/benchmark/report.py": {"matplotlib"},
 }

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import llama
 from fsdp_train.build import wrap_model
-from fsdp_train.data import Plan, Sample, collate
+from fsdp_train.data import Sample, collate
 from fsdp_train.optim import OptimConfig
+from fsdp_train.order import Plan
 from fsdp_train.parallel import full_trainable_state
 from fsdp_train.step import train_step
 from fsdp_train.strategy import ParallelConfig

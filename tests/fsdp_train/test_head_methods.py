@@ -13,7 +13,8 @@ from torch import Tensor
 
 import llama
 from fsdp_train.classification import MULTI, REGRESSION, SINGLE, ClassificationDataset, LabelSpace
-from fsdp_train.data import Dataset, Plan, Sample
+from fsdp_train.data import Dataset, Sample
+from fsdp_train.order import Plan
 from fsdp_train.parallel import full_trainable_state, place_model
 from fsdp_train.step import train_step
 from fsdp_train.strategy import ParallelConfig

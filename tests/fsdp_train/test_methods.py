@@ -35,7 +35,7 @@ from tests.oracle import SHAPES, largest, randomise
 IDS = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
 PROMPTS = [IDS[0, :7].tolist(), IDS[1, :3].tolist()]
 GRID = [(method, shape) for method in ADAPTERS for shape in ("mha", "gqa", "mqa")]
-LOGITS = 1e-6  # fp32: the same operations; a gathered weight may take another kernel
+LOGITS = 1e-6  # of the largest, 8 eps of fp32: the same operations; a gathered weight may take another kernel
 HALVES = (2, 2)  # of 8 samples: rows per micro-batch and process, micro-batches, for two processes
 
 
@@ -70,9 +70,10 @@ def test_two_processes_equal_the_plain_model(checkpointing: str, tmp_path: Path)
     ranks = spawn(2, everything, checkpointing, tmp_path=tmp_path)
     for method, shape in GRID:
         plain = outputs(build(method, shape).eval())
+        scale = plain["logits"].abs().max().item()
         for found in (rank[f"{method} {shape}"] for rank in ranks):
-            assert largest(found["logits"], plain["logits"]) <= LOGITS
-            assert largest(found["cached"], plain["logits"]) <= 10 * LOGITS
+            assert largest(found["logits"], plain["logits"]) <= LOGITS * scale
+            assert largest(found["cached"], plain["logits"]) <= 10 * LOGITS * scale
             assert found["tokens"] == plain["tokens"]
         assert plain["tokens"][0] == plain["tokens"][1]
         compare(ranks[0][f"{method} {shape}"]["gradients"], whole_batch_gradients(method, samples(7), shape))
@@ -175,7 +176,8 @@ def test_each_process_may_route_its_rows_differently(tmp_path: Path) -> None:
     first, second = spawn(2, routed, tmp_path=tmp_path)
     model = with_all()
     set_adapter(model, ROWS[0] + ROWS[1])
-    assert largest(torch.cat((first["logits"], second["logits"])), model(ROW_IDS)) <= LOGITS
+    logits = model(ROW_IDS)
+    assert largest(torch.cat((first["logits"], second["logits"])), logits) <= LOGITS * logits.abs().max().item()
     model(ROW_IDS, ROW_IDS).backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

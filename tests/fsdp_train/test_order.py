@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import llama
-from fsdp_train.data import Plan, Sample, by_length, collate, epoch_order, load_dataset
+from fsdp_train.data import Sample, collate, load_dataset
+from fsdp_train.order import Plan, by_length, epoch_order
 from tests.fsdp_train.conftest import CONTEXT, VOCAB, alpaca_records
 from tests.oracle import SHAPES, randomise
 

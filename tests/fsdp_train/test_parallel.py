@@ -13,8 +13,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from fsdp_train import parallel
 from fsdp_train.build import wrap_model
-from fsdp_train.data import Dataset, Plan, collate
+from fsdp_train.data import Dataset, collate
 from fsdp_train.optim import OptimConfig
+from fsdp_train.order import Plan
 from fsdp_train.parallel import frozen_checksum, full_trainable_state
 from fsdp_train.step import train_step
 from fsdp_train.strategy import ParallelConfig, Precision

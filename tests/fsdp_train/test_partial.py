@@ -14,8 +14,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.utils.flop_counter import FlopCounterMode
 
 from fsdp_train.build import wrap_model
-from fsdp_train.data import Plan, collate
+from fsdp_train.data import collate
 from fsdp_train.optim import OptimConfig
+from fsdp_train.order import Plan
 from fsdp_train.parallel import full_trainable_state
 from fsdp_train.recompute import checkpoint_activations
 from fsdp_train.step import train_step

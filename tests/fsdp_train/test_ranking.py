@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fsdp_train.data import Dataset, Plan
+from fsdp_train.data import Dataset
 from fsdp_train.main import main
+from fsdp_train.order import Plan
 from fsdp_train.parallel import local_part, place_model
 from fsdp_train.partial import PartialConfig, RankedLayer, rank_layers, show_ranking
 from fsdp_train.strategy import ParallelConfig

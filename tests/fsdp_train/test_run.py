@@ -250,7 +250,7 @@ def test_what_was_trained_is_kept_whatever_comes_after(
 
 def test_an_evaluation_that_is_not_finite_is_no_result(alpaca_file: Path, tokenizer_dir: Path) -> None:
     class Broken(torch.nn.Module):
-        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, learned: torch.Tensor) -> torch.Tensor:
             return torch.tensor(float("nan"))
 
     dataset = load_dataset(str(alpaca_file), "auto", llama.Tokenizer(tokenizer_dir), 300, 512)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fsdp_train.build import wrap_model
-from fsdp_train.data import Plan, collate
+from fsdp_train.data import collate
 from fsdp_train.optim import OptimConfig
+from fsdp_train.order import Plan
 from fsdp_train.parallel import frozen_checksum, full_trainable_state, held_bytes, local_part
 from fsdp_train.parts import pieces
 from fsdp_train.step import train_step
