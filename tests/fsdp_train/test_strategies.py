@@ -47,7 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fsdp2 partly": {"strategy": "fsdp2", "reshard_to": 2},
 }
 IDS = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(0))
-SAME = 1e-6  # fp32: other orders of summation, and a gathered weight may take another kernel
+SAME = 1e-6  # relative, fp32: other orders of summation, and a gathered weight may take another kernel
 COUNT, STEPS, RATE = 7, 2, 0.2  # samples in each step: uneven; plain SGD, whose steps are the gradients themselves
 
 
@@ -171,7 +171,7 @@ def test_every_strategy_trains_like_the_plain_model(
             if case not in ranks[0]:
                 continue
             found = ranks[0][case]
-            assert largest(found["logits"], wanted["logits"]) <= SAME, case
+            assert largest(found["logits"], wanted["logits"]) <= SAME * max(1, wanted["logits"].abs().max().item()), case
             assert found["checksum"] == found["checksum after a forward pass"] == checksum, case
             assert found.get("tokens") in (None, wanted["tokens"]), case
             for moment in ("before", "after"):
