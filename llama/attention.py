@@ -126,15 +126,19 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
 # --- blocks of queries --------------------------------------------------------------------------------------------------
 
 
+SCORES = 2**20  # at once, which stay in a cache from one product to the next
+
+
 def _block(tokens: int) -> int:
-    """Queries at once: their scores should stay in a core's cache."""
+    """Queries at once."""
     return 128 if tokens <= 512 else 256
 
 
-def _spans(bounds: Tensor | None, B: int, T: int) -> Iterator[tuple[slice, int, int]]:
-    """Rows, first token, end of each document; of all rows at once where they are whole."""
+def _spans(bounds: Tensor | None, B: int, H: int, T: int) -> Iterator[tuple[slice, int, int]]:
+    """Rows, first token, end of each document; of several rows at once where they are whole and short."""
     if bounds is None:
-        yield slice(0, B), 0, T
+        count = max(1, SCORES // (H * _block(T) * T))
+        yield from ((slice(b, min(b + count, B)), 0, T) for b in range(0, B, count))
         return
     edges = bounds.tolist()
     for first, end in pairwise(edges):
@@ -163,55 +167,66 @@ def _future(q: Tensor) -> Tensor:
     return torch.full((n, n), -math.inf, dtype=q.dtype, device=q.device).triu(1)
 
 
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a b, batched."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
 def _probabilities(q: Tensor, k: Tensor, future: Tensor) -> Tensor:
     """q (N, R, n, D), the last n of k (N, m, D) being their own -> (N, R * n, m)."""
     N, R, n, D = q.shape
-    scores = torch.baddbmm(q.new_empty(()), q.flatten(1, 2), k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(D))
+    scores = _product(q.flatten(1, 2), k.transpose(1, 2), 1 / math.sqrt(D))
     scores.view(N, R, n, -1)[..., -n:].add_(future[:n, :n])
     return scores.softmax(-1)
 
 
 @torch.library.custom_op("llama::blockwise_attention", mutates_args=())
 def _blockwise(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None) -> Tensor:
-    (B, _, T, _), G, P = q.shape, k.shape[1], k.shape[2] - q.shape[2]
+    (B, H, T, _), G, P = q.shape, k.shape[1], k.shape[2] - q.shape[2]
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     future = _future(q)
-    for rows, first, end in _spans(bounds, B, T):
+    for rows, first, end in _spans(bounds, B, H, T):
         key, value = _seen(k, rows, P, first, end), _seen(v, rows, P, first, end)
         for start in range(first, end, _block(T)):
             stop = min(start + _block(T), end)
             query, seen = _grouped(q, rows, G, start, stop), P + stop - first
             part = torch.bmm(_probabilities(query, key[:, :seen], future), value[:, :seen])
-            y[rows, :, start:stop] = part.view(-1, q.shape[1], stop - start, q.shape[3])
+            y[rows, :, start:stop] = part.view(-1, H, stop - start, q.shape[3])
     return y
 
 
 @torch.library.custom_op("llama::blockwise_attention_backward", mutates_args=())
 def _blockwise_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     (B, H, T, D), G, P = q.shape, k.shape[1], k.shape[2] - q.shape[2]
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))  # sums over blocks
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    scale, wide = 1 / math.sqrt(D), torch.promote_types(q.dtype, torch.float32)  # of sums over blocks, and over documents
+    fronts = tuple(torch.zeros(B, G, P, D, dtype=wide, device=x.device) for x in (k, v))
     future = _future(q)
-    for rows, first, end in _spans(bounds, B, T):
+    for rows, first, end in _spans(bounds, B, H, T):
         key, value = _seen(k, rows, P, first, end), _seen(v, rows, P, first, end)
-        dk_seen, dv_seen = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (key, value))
-        for start in range(first, end, _block(T)):
+        sums: list[Tensor] = []
+        for start in reversed(range(first, end, _block(T))):  # the last block sees all keys
             stop = min(start + _block(T), end)
-            query, seen = _grouped(q, rows, G, start, stop), P + stop - first
-            d_part = _grouped(dy, rows, G, start, stop).flatten(1, 2)
-            p = _probabilities(query, key[:, :seen], future)
+            query, seen = _grouped(q, rows, G, start, stop).contiguous(), P + stop - first
+            d_part = _grouped(dy, rows, G, start, stop).flatten(1, 2).contiguous()
+            key_seen = key[:, :seen].contiguous()  # once, where each product would copy it
+            p = _probabilities(query, key_seen, future)
             dp = torch.bmm(d_part, value[:, :seen].transpose(1, 2))
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[rows, :, start:stop] = torch.bmm(ds, key[:, :seen]).view(-1, H, stop - start, D)
-            dk_seen[:, :seen] += torch.bmm(ds.transpose(1, 2), query.flatten(1, 2))
-            dv_seen[:, :seen] += torch.bmm(p.transpose(1, 2), d_part)
-        for whole, part in ((dk, dk_seen), (dv, dv_seen)):
-            part = part.view(-1, G, P + end - first, D)
-            whole[rows, :, :P] += part[:, :, :P]
-            whole[rows, :, P + first : P + end] += part[:, :, P:]
-    scale = 1 / math.sqrt(D)
-    return dq.mul_(scale), dk.mul_(scale).to(k.dtype), dv.to(v.dtype)
+            dq[rows, :, start:stop] = _product(ds, key_seen, scale).view(-1, H, stop - start, D)
+            parts = _product(ds.transpose(1, 2), query.flatten(1, 2), scale), torch.bmm(p.transpose(1, 2), d_part)
+            if not sums:
+                sums = [part.to(wide) for part in parts]
+                continue
+            for total, part in zip(sums, parts, strict=True):
+                total[:, :seen] += part
+        for whole, front, total in zip((dk, dv), fronts, sums, strict=True):
+            own = total.view(-1, G, P + end - first, D)
+            front[rows] += own[:, :, :P]
+            whole[rows, :, P + first : P + end] = own[:, :, P:]
+    for whole, front in zip((dk, dv), fronts, strict=True):
+        whole[:, :, :P] = front
+    return dq, dk, dv
 
 
 @_blockwise.register_fake
