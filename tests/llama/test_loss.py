@@ -26,7 +26,7 @@ CHUNKS = {"one row": 1, "7 rows": 7 * V, "not a whole row": 7 * V + V - 1, "all 
 
 def chunks_of(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llama.loss.CHUNK_ELEMENTS", elements)
-    monkeypatch.setattr("llama.loss.CHUNK_ELEMENTS_TRAINED", elements)
+    monkeypatch.setattr("llama.loss.CHUNK_ELEMENTS_LARGE", elements)
 
 
 def inputs(dtype: torch.dtype = torch.float32, n: int = N) -> tuple[Tensor, Tensor, Tensor]:
