@@ -86,6 +86,32 @@ def test_generated_code_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     assert llama.generate(compiled, prompts, 6) == llama.generate(plain, prompts, 6)
 
 
+def test_beside_a_frozen_base_a_layer_stores_no_norms_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer's input, queries, keys, values, what attention gives and adds, the two products of the feed-forward."""
+    plain = nn.Module.compile
+    partitioned = {"backend": "aot_eager_decomp_partition"}  # divides forward from backward as the default does
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: plain(self, **partitioned, **options))
+    torch._dynamo.reset()
+    model = build("lora").bfloat16()
+    compile_layers(model)
+    seen: dict[int, int] = {}  # elements by storage
+    known = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+
+    def store(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known and tensor.dtype == torch.bfloat16:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 2
+        return tensor
+
+    config = model.config
+    hidden = torch.randn(*IDS.shape, config.hidden_size).bfloat16().requires_grad_()
+    tables = tuple(torch.randn(IDS.shape[1], config.head_dim // 2).bfloat16() for _ in range(2))
+    with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
+        model.model.layers[1](hidden, tables, None, None)
+    D, F, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    widths = [elements // IDS.numel() for elements in seen.values()]
+    assert sorted(width for width in widths if width > 4) == sorted((D, D, kv, kv, D, D, F, F))  # r = 4
+
+
 def test_a_cache_in_grains_is_the_cache() -> None:
     model = build("full").double().eval()
     prompt, rest = IDS[:, :5], IDS[:, 5:9]

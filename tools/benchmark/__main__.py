@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--programs", default="; ".join(PROGRAMS), help="separated by ; (default: all that are installed)")
     parser.add_argument("--batch", type=int, help="documents at once (default: 4 on a CPU, 2 on a GPU; 8 of real ones)")
     parser.add_argument("--length", type=int, help="tokens of each (default: 512 on a CPU, 2048 on a GPU)")
+    parser.add_argument("--layers", type=int, help="decoder layers (default: the size's)")
     parser.add_argument("--data", default="", help="instructions whose lengths are real, .json")
     parser.add_argument("--tokenizer", default="", help="directory or file, for --data")
     parser.add_argument(
@@ -88,6 +89,10 @@ def _case(case: Case, arguments: argparse.Namespace) -> Case:
     )
 
 
+def _config(size: str, layers: int | None) -> llama.LlamaConfig:
+    return dataclasses.replace(SIZES[size], num_hidden_layers=layers or SIZES[size].num_hidden_layers)
+
+
 def run(cases: list[Case], programs: list[str], arguments: argparse.Namespace) -> None:
     """Measure the ceilings, then all rows in turns; write the table after every row, so that nothing is lost."""
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -101,7 +106,7 @@ def run(cases: list[Case], programs: list[str], arguments: argparse.Namespace) -
         for size in dict.fromkeys(case.size for case in cases):
             torch.manual_seed(0)
             with torch.device(arguments.device):
-                model = llama.Llama(SIZES[size]).to(torch.bfloat16)
+                model = llama.Llama(_config(size, arguments.layers)).to(torch.bfloat16)
             llama.save(model, Path(directory) / size)
             del model
         for _ in range(arguments.repeats):

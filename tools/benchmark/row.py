@@ -20,8 +20,9 @@ from fsdp_train.host import undisturbed
 from fsdp_train.log import peak_memory
 from fsdp_train.strategy import ParallelConfig
 from fsdp_train.world import process_group
+from llama.weight_files import open_weights
 from tools.benchmark import generation
-from tools.benchmark.cases import NEW_TOKENS, SIZES, Case, flops, steps
+from tools.benchmark.cases import NEW_TOKENS, Case, flops, steps
 from tools.benchmark.programs import LEARNING_RATE, PROGRAMS
 
 MARK = "row: "
@@ -57,7 +58,8 @@ def measure(program: str, case: Case, weights: Path, data: str, tokenizer: str, 
         torch.manual_seed(0)
         model, optimizer, step = build(case, weights, world.device, compiled)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        work = steps(case, SIZES[case.size], data, tokenizer, program.startswith("ours"))
+        config = open_weights(weights).config
+        work = steps(case, config, data, tokenizer, program.startswith("ours"))
         documents = [document for batch in work for document in batch]
         seconds, losses, first_step = [], [], 0.0
         gc.disable()  # as in `fit`; peers gain from it, too
@@ -80,7 +82,7 @@ def measure(program: str, case: Case, weights: Path, data: str, tokenizer: str, 
                 seconds.append(time.perf_counter() - began)
             gc.collect()
         tokens = sum(len(d.ids) for d in documents)
-        operations = flops(case, SIZES[case.size], documents, trained)
+        operations = flops(case, config, documents, trained)
         return Row(seconds, tokens, operations, losses, trained, first_step, peak_memory(world.device))
 
 
@@ -88,7 +90,8 @@ def measure_generation(program: str, case: Case, weights: Path, rounds: int) -> 
     """One call to warm up, then `rounds` timed ones; the losses are those of the prompts."""
     build = generation.ours if program.startswith("ours") else generation.hugging_face
     with process_group(ParallelConfig()) as world:
-        documents = steps(case, SIZES[case.size], "", "", False)[0]
+        config = open_weights(weights).config
+        documents = steps(case, config, "", "", False)[0]
         prompts = [document.ids.tolist() for document in documents]
         _, generate, loss = build(weights, world.device, PROGRAMS[program][1])
         with torch.no_grad():
@@ -99,7 +102,7 @@ def measure_generation(program: str, case: Case, weights: Path, rounds: int) -> 
             generate(prompts)
             seconds.append(time.perf_counter() - began)
         tokens = len(prompts) * NEW_TOKENS
-        operations = flops(case, SIZES[case.size], documents, 0)
+        operations = flops(case, config, documents, 0)
         return Row(seconds[1:], tokens, operations, losses, 0, seconds[0], peak_memory(world.device))
 
 
