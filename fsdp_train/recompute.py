@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from llama.model import DecoderLayer
+from peft_impl.lora import LoRALinear
 
 _ATEN = torch.ops.aten
 KEPT = {  # what takes the time: matrix products and attention, in whatever kernel they run
@@ -99,10 +100,10 @@ def compile_layers(model: nn.Module) -> None:
     dynamo.config.recompile_limit = 64  # training, evaluation and generation, each with shapes of its own
     wrapper_of = wrappers(model)
     layers = [module for module in model.modules() if isinstance(module, DecoderLayer)]
-    # Beside frozen weights, what the norms give is needed by a few thin products alone: a tenth of what a layer stores, and
-    # computed again from its input at no measurable price. Where all trains it would be more, for 2 % (tools/LOG.md).
-    frozen = not all(p.requires_grad for layer in layers for p in layer.parameters())
-    functorch_config.activation_memory_budget = 0.99 if frozen else 1.0
+    # What the norms give is needed by LoRA's thin products alone: a tenth of what a layer stores, and computed again from its
+    # input at hardly a price. Without LoRA the compiler would find something dearer to compute again (tools/LOG.md).
+    thin = any(isinstance(module, LoRALinear) for module in model.modules())
+    functorch_config.activation_memory_budget = 0.99 if thin else 1.0
     for layer in layers:
         wrapper_of.get(layer, layer).compile(fullgraph=True)
 

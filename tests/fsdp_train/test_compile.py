@@ -86,7 +86,7 @@ def test_generated_code_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     assert llama.generate(compiled, prompts, 6) == llama.generate(plain, prompts, 6)
 
 
-def test_beside_a_frozen_base_a_layer_stores_no_norms_output(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_with_lora_stores_no_norms_output(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer's input, queries, keys, values, what attention gives and adds, the two products of the feed-forward."""
     plain = nn.Module.compile
     partitioned = {"backend": "aot_eager_decomp_partition"}  # divides forward from backward as the default does
