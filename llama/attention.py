@@ -134,31 +134,30 @@ def _block(tokens: int) -> int:
     return 128 if tokens <= 512 else 256
 
 
-def _spans(bounds: Tensor | None, B: int, H: int, T: int) -> Iterator[tuple[slice, int, int]]:
-    """Rows, first token, end of each document; of several rows at once where they are whole and short."""
-    if bounds is None:
-        count = max(1, SCORES // (H * _block(T) * T))
-        yield from ((slice(b, min(b + count, B)), 0, T) for b in range(0, B, count))
-        return
-    edges = bounds.tolist()
-    for first, end in pairwise(edges):
-        row = first // T
-        yield slice(row, row + 1), first - row * T, end - row * T
+def _spans(bounds: Tensor | None, q: Tensor, G: int) -> Iterator[tuple[slice, int, int]]:
+    """Key heads (of B * G), first token, end of each document: as many heads at once as SCORES allows."""
+    B, H, T, _ = q.shape
+    documents = [(0, B, 0, T)]  # rows and tokens
+    if bounds is not None:
+        documents = [
+            (first // T, first // T + 1, first % T, first % T + end - first) for first, end in pairwise(bounds.tolist())
+        ]
+    for row, last_row, first, end in documents:
+        count = max(1, SCORES // (H // G * _block(T) * (end - first)))
+        for head in range(row * G, last_row * G, count):
+            yield slice(head, min(head + count, last_row * G)), first, end
 
 
-def _seen(x: Tensor, rows: slice, P: int, first: int, end: int) -> Tensor:
-    """Of x (B, G, S, D): what the document sees, (b * G, P + end - first, D)."""
-    own = x[rows]
+def _seen(x: Tensor, P: int, first: int, end: int) -> Tensor:
+    """Of x (n, S, D): what the document sees, (n, P + end - first, D)."""
     if P and first:
-        own = torch.cat((own[:, :, :P], own[:, :, P + first : P + end]), dim=2)
-    else:
-        own = own[:, :, first : P + end]
-    return own.flatten(0, 1)
+        return torch.cat((x[:, :P], x[:, P + first : P + end]), dim=1)
+    return x[:, first : P + end]
 
 
-def _grouped(x: Tensor, rows: slice, G: int, first: int, end: int) -> Tensor:
-    """Of x (B, H, T, D): the queries that share a key head, (b * G, R, end - first, D)."""
-    return x[rows, :, first:end].unflatten(1, (G, -1)).flatten(0, 1)
+def _grouped(x: Tensor, G: int) -> Tensor:
+    """x (B, H, T, D): the queries that share a key head, (B * G, R, T, D)."""
+    return x.unflatten(1, (G, -1)).flatten(0, 1)
 
 
 def _future(q: Tensor) -> Tensor:
@@ -182,50 +181,52 @@ def _probabilities(q: Tensor, k: Tensor, future: Tensor) -> Tensor:
 
 @torch.library.custom_op("llama::blockwise_attention", mutates_args=())
 def _blockwise(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None) -> Tensor:
-    (B, H, T, _), G, P = q.shape, k.shape[1], k.shape[2] - q.shape[2]
+    T, G, P = q.shape[2], k.shape[1], k.shape[2] - q.shape[2]
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
+    queries, keys, values, results = _grouped(q, G), k.flatten(0, 1), v.flatten(0, 1), _grouped(y, G)
     future = _future(q)
-    for rows, first, end in _spans(bounds, B, H, T):
-        key, value = _seen(k, rows, P, first, end), _seen(v, rows, P, first, end)
+    for heads, first, end in _spans(bounds, q, G):
+        key, value = _seen(keys[heads], P, first, end), _seen(values[heads], P, first, end)
         for start in range(first, end, _block(T)):
             stop = min(start + _block(T), end)
-            query, seen = _grouped(q, rows, G, start, stop), P + stop - first
+            query, seen = queries[heads, :, start:stop], P + stop - first
             part = torch.bmm(_probabilities(query, key[:, :seen], future), value[:, :seen])
-            y[rows, :, start:stop] = part.view(-1, H, stop - start, q.shape[3])
+            results[heads, :, start:stop] = part.view(query.shape)
     return y
 
 
 @torch.library.custom_op("llama::blockwise_attention_backward", mutates_args=())
 def _blockwise_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    (B, H, T, D), G, P = q.shape, k.shape[1], k.shape[2] - q.shape[2]
+    T, G, P = q.shape[2], k.shape[1], k.shape[2] - q.shape[2]
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    scale, wide = 1 / math.sqrt(D), torch.promote_types(q.dtype, torch.float32)  # of sums over blocks, and over documents
-    fronts = tuple(torch.zeros(B, G, P, D, dtype=wide, device=x.device) for x in (k, v))
+    queries, keys, values, directions = _grouped(q, G), k.flatten(0, 1), v.flatten(0, 1), _grouped(dy, G)
+    d_queries, wholes = _grouped(dq, G), (dk.flatten(0, 1), dv.flatten(0, 1))
+    scale, wide = 1 / math.sqrt(q.shape[3]), torch.promote_types(q.dtype, torch.float32)  # of sums over blocks and documents
+    fronts = tuple(torch.zeros_like(x[:, :P], dtype=wide) for x in wholes)
     future = _future(q)
-    for rows, first, end in _spans(bounds, B, H, T):
-        key, value = _seen(k, rows, P, first, end), _seen(v, rows, P, first, end)
+    for heads, first, end in _spans(bounds, q, G):
+        key, value = _seen(keys[heads], P, first, end), _seen(values[heads], P, first, end)
         sums: list[Tensor] = []
         for start in reversed(range(first, end, _block(T))):  # the last block sees all keys
             stop = min(start + _block(T), end)
-            query, seen = _grouped(q, rows, G, start, stop).contiguous(), P + stop - first
-            d_part = _grouped(dy, rows, G, start, stop).flatten(1, 2).contiguous()
+            query, seen = queries[heads, :, start:stop].contiguous(), P + stop - first
+            direction = directions[heads, :, start:stop].flatten(1, 2).contiguous()
             key_seen = key[:, :seen].contiguous()  # once, where each product would copy it
             p = _probabilities(query, key_seen, future)
-            dp = torch.bmm(d_part, value[:, :seen].transpose(1, 2))
+            dp = torch.bmm(direction, value[:, :seen].transpose(1, 2))
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            dq[rows, :, start:stop] = _product(ds, key_seen, scale).view(-1, H, stop - start, D)
-            parts = _product(ds.transpose(1, 2), query.flatten(1, 2), scale), torch.bmm(p.transpose(1, 2), d_part)
+            d_queries[heads, :, start:stop] = _product(ds, key_seen, scale).view(query.shape)
+            parts = _product(ds.transpose(1, 2), query.flatten(1, 2), scale), torch.bmm(p.transpose(1, 2), direction)
             if not sums:
                 sums = [part.to(wide) for part in parts]
                 continue
             for total, part in zip(sums, parts, strict=True):
                 total[:, :seen] += part
-        for whole, front, total in zip((dk, dv), fronts, sums, strict=True):
-            own = total.view(-1, G, P + end - first, D)
-            front[rows] += own[:, :, :P]
-            whole[rows, :, P + first : P + end] = own[:, :, P:]
-    for whole, front in zip((dk, dv), fronts, strict=True):
-        whole[:, :, :P] = front
+        for whole, front, total in zip(wholes, fronts, sums, strict=True):
+            front[heads] += total[:, :P]
+            whole[heads, P + first : P + end] = total[:, P:]
+    for whole, front in zip(wholes, fronts, strict=True):
+        whole[:, :P] = front
     return dq, dk, dv
 
 

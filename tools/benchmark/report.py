@@ -114,7 +114,7 @@ def draw(results: list[Result], path: Path) -> None:
         return
     cases = list(dict.fromkeys(result.case for result in results))
     programs = [p for p in dict.fromkeys(r.program for r in results) if any(r.rows for r in results if r.program == p)]
-    figure, axes = pyplot.subplots(figsize=(2.2 * len(cases) + 2, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(1.4 * len(cases) + 2, 4.5), layout="constrained")
     width = 0.8 / max(1, len(programs))
     for index, program in enumerate(programs):
         own = [(cases.index(r.case), r.best) for r in results if r.program == program and r.rows]
