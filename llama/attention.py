@@ -142,10 +142,10 @@ def _spans(bounds: Tensor | None, q: Tensor, G: int) -> Iterator[tuple[slice, in
         documents = [
             (first // T, first // T + 1, first % T, first % T + end - first) for first, end in pairwise(bounds.tolist())
         ]
-    for row, last_row, first, end in documents:
+    for row, after, first, end in documents:
         count = max(1, SCORES // (H // G * _block(T) * (end - first)))
-        for head in range(row * G, last_row * G, count):
-            yield slice(head, min(head + count, last_row * G)), first, end
+        for head in range(row * G, after * G, count):
+            yield slice(head, min(head + count, after * G)), first, end
 
 
 def _seen(x: Tensor, P: int, first: int, end: int) -> Tensor:
