@@ -127,7 +127,9 @@ def _one(result: Result, weights: Path, arguments: argparse.Namespace) -> None:
         result.missing = f"not installed: {', '.join(missing)}"
     elif reason := data_missing(case, arguments.data, arguments.tokenizer):
         result.missing = reason
-    elif result.program.startswith(OTHERS) and (case.method not in ("lora", "full") or case.checkpointing):
+    elif (not result.program.startswith("ours") and case.checkpointing == "selective") or (
+        result.program.startswith(OTHERS) and (case.method not in ("lora", "full") or case.checkpointing != "none")
+    ):
         result.missing = "not compared"
     if result.missing:
         return
@@ -149,6 +151,13 @@ def _one(result: Result, weights: Path, arguments: argparse.Namespace) -> None:
     result.rows.append(row)
     result.noisy |= not idle
     print(f"{row.tokens / min(row.seconds):,.0f} tokens/s, {row.peak_bytes / 1e9:.2f} GB", flush=True)
+
+
+def _compared(program: str, case: Case) -> bool:
+    """Whether a program has what a case asks for, or could be told to here."""
+    if program.startswith(OTHERS):
+        return case.method in ("lora", "full") and case.checkpointing == "none"
+    return program.startswith("ours") or case.checkpointing != "selective"
 
 
 @lru_cache

@@ -54,7 +54,7 @@ class Case:
     Attributes:
         regime: "fixed": `batch` documents of `length` tokens, all learned. "labels": the last quarter of each learned. "real":
             the documents of a file, `batch` at once, padded by peers and packed by us.
-        checkpointing: recompute each layer in backward.
+        checkpointing: what each layer computes again in backward, as `--parallel.activation_checkpointing`; peers know "full".
     """
 
     method: str
@@ -62,12 +62,13 @@ class Case:
     size: str = "S"
     batch: int = 4
     length: int = 512
-    checkpointing: bool = False
+    checkpointing: str = "none"
 
     @property
     def name(self) -> str:
         shape = f"{self.batch} at once" if self.regime == "real" else f"{self.batch} x {self.length}"
-        return f"{self.method}, {self.regime} {shape}{', checkpointing' if self.checkpointing else ''}, {self.size}"
+        again = "" if self.checkpointing == "none" else f", checkpointing {self.checkpointing}"
+        return f"{self.method}, {self.regime} {shape}{again}, {self.size}"
 
 
 CASES = {
@@ -78,7 +79,8 @@ CASES = {
     "llama_adapter": Case("llama_adapter", "fixed"),
     "prefix": Case("prefix", "fixed"),
     "partial": Case("partial", "fixed"),
-    "checkpointing": Case("lora", "fixed", checkpointing=True),
+    "checkpointing": Case("lora", "fixed", checkpointing="full"),
+    "selective": Case("lora", "fixed", checkpointing="selective"),
     "generate": Case("generate", "fixed", batch=8, length=64),
 }
 DOCUMENTS = 96  # of a file, in the regime "real"

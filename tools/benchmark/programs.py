@@ -40,7 +40,9 @@ def ours(case: Case, directory: Path, device: torch.device, compiled: bool) -> t
         partial=PartialConfig(train=(f"last:{PARTIAL_LAYERS}",)) if case.method == "partial" else PartialConfig(),
     )
     parallel = ParallelConfig(
-        precision="bf16", activation_checkpointing="full" if case.checkpointing else "none", compile=compiled
+        precision="bf16",
+        activation_checkpointing=case.checkpointing,  # type: ignore[arg-type]
+        compile=compiled,
     )
     names = trained_names(finetune, weights.config, weights.config)
     model, fill = build_model(weights, ModelConfig(), finetune, weights.config, names, 0, torch.bfloat16)
@@ -86,7 +88,7 @@ def hugging_face(case: Case, directory: Path, device: torch.device, compiled: bo
     elif case.method == "partial":
         model.requires_grad_(False)
         model.model.layers[-PARTIAL_LAYERS:].requires_grad_(True)
-    if case.checkpointing:
+    if case.checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     callee = torch.compile(model) if compiled else model
