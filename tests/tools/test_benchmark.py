@@ -60,6 +60,14 @@ def test_what_differs_is_void() -> None:
     assert "6 parameters train, 5 in HF" in void(Result(TINY, "ours", [row([1.0, 0.9], 6)]), peer)
 
 
+def test_of_real_documents_the_first_loss_counts() -> None:
+    """Rows are other steps than padded batches: after the first update the weights differ."""
+    real = dataclasses.replace(TINY, regime="real")
+    peer = Result(real, "HF", [row([1.0, 0.9])])
+    assert void(Result(real, "ours", [row([1.01, 0.5])]), peer) == ""
+    assert "first loss" in void(Result(real, "ours", [row([1.03, 0.9])]), peer)
+
+
 def test_the_table_has_ratios_of_the_best() -> None:
     slow = Result(TINY, "HF", [dataclasses.replace(row([1.0, 0.9]), seconds=[4.0, 2.0])])
     fast = Result(TINY, "ours", [row([1.0, 0.9])])

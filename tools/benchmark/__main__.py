@@ -127,9 +127,7 @@ def _one(result: Result, weights: Path, arguments: argparse.Namespace) -> None:
         result.missing = f"not installed: {', '.join(missing)}"
     elif reason := data_missing(case, arguments.data, arguments.tokenizer):
         result.missing = reason
-    elif (not result.program.startswith("ours") and case.checkpointing == "selective") or (
-        result.program.startswith(OTHERS) and (case.method not in ("lora", "full") or case.checkpointing != "none")
-    ):
+    elif not _compared(result.program, case):
         result.missing = "not compared"
     if result.missing:
         return
