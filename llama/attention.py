@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.attention.varlen import varlen_attn
 
 
@@ -179,7 +179,7 @@ def _probabilities(q: Tensor, k: Tensor, future: Tensor) -> Tensor:
     return scores.softmax(-1)
 
 
-@torch.library.custom_op("llama::blockwise_attention", mutates_args=())
+@library.custom_op("llama::blockwise_attention", mutates_args=())
 def _blockwise(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None) -> Tensor:
     T, G, P = q.shape[2], k.shape[1], k.shape[2] - q.shape[2]
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -195,7 +195,7 @@ def _blockwise(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None) -> Tensor
     return y
 
 
-@torch.library.custom_op("llama::blockwise_attention_backward", mutates_args=())
+@library.custom_op("llama::blockwise_attention_backward", mutates_args=())
 def _blockwise_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     T, G, P = q.shape[2], k.shape[1], k.shape[2] - q.shape[2]
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))

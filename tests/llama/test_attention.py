@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from llama.attention import Documents, _blockwise, attention
 
@@ -74,7 +74,7 @@ def test_the_operator_keeps_torchs_rules() -> None:
     """Fake tensors, autograd and strides, checked by torch itself: what compiling relies on."""
     leaves = inputs(4, 2, 7, 2, torch.float64)
     for bounds in (None, Documents.of(LENGTHS[7], 7).bounds):
-        torch.library.opcheck(torch.ops.llama.blockwise_attention.default, (*leaves, bounds))
+        library.opcheck(torch.ops.llama.blockwise_attention.default, (*leaves, bounds))
 
 
 def test_documents_know_their_tokens() -> None:
