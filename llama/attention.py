@@ -126,11 +126,11 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
 # --- blocks of queries --------------------------------------------------------------------------------------------------
 
 
-SCORES = 2**20  # at once, which stay in a cache from one product to the next
+SCORES = 2**20  # at once: few enough to stay in a cache from one product to the next
 
 
 def _block(tokens: int) -> int:
-    """Queries at once."""
+    """Queries at once: few enough that little is computed above the diagonal."""
     return 128 if tokens <= 512 else 256
 
 
