@@ -10,7 +10,8 @@ import torch
 
 import llama
 from fsdp_train.data import Sample, collate, load_dataset
-from fsdp_train.order import Plan, by_length, epoch_order
+from fsdp_train.order import BLOCK, Plan, by_length, epoch_order
+from llama.errors import InputError
 from tests.fsdp_train.conftest import CONTEXT, VOCAB, alpaca_records
 from tests.oracle import SHAPES, randomise
 
@@ -90,38 +91,103 @@ def test_each_epoch_has_every_sample_once(n: int) -> None:
 # --- like lengths together ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 7, 8, 29, 1100])
+@pytest.mark.parametrize("n", [1, 7, 63, 64, 200, 5000])
 def test_an_order_by_length_is_an_order(n: int) -> None:
-    """Every sample once, the same however the work is split, another one in each epoch, and a function of its arguments."""
+    """Every sample once, another order in each epoch, and a function of its arguments."""
     lengths = [1 + (i * 7919) % 97 for i in range(n)]
     for epoch in range(3):
-        order = by_length(lengths, 5, epoch, 8).tolist()
+        order = by_length(lengths, 5, epoch).tolist()
         assert sorted(order) == list(range(n))
-        assert order[n // 8 * 8 :] == epoch_order(n, 5, epoch, True).tolist()[n // 8 * 8 :]
-        for world, batch, accum in SPLITS[:4]:
-            plans = [Plan(n, batch, accum, world, rank, 5, True, lengths) for rank in range(world)]
-            per_epoch = -(-n // 8)
-            for step in (epoch * per_epoch, (epoch + 1) * per_epoch - 1):
-                within = step % per_epoch
-                seen = [i for plan in plans for indices in plan.micro_batches(step) for i in indices]
-                assert sorted(seen) == sorted(order[8 * within : 8 * within + 8])
-    if n > 64:
-        assert (
-            by_length(lengths, 5, 0, 8).tolist() != by_length(lengths, 5, 1, 8).tolist() != by_length(lengths, 6, 1, 8).tolist()
-        )
+        assert order == by_length(lengths, 5, epoch).tolist()
+        rest = epoch_order(n, 5, epoch, True).tolist()[n // BLOCK * BLOCK :]
+        assert order[n // BLOCK * BLOCK :] == rest
+    if n > BLOCK:
+        orders = {tuple(by_length(lengths, seed, epoch).tolist()) for seed in (5, 6) for epoch in (0, 1)}
+        assert len(orders) == 4
+
+
+def test_an_order_by_length_does_not_know_the_batch() -> None:
+    """Steps of any size are cut from one and the same order."""
+    lengths = [1 + (i * 7919) % 97 for i in range(200)]
+    for epoch in range(2):
+        order = by_length(lengths, 5, epoch).tolist()
+        for world, batch, accum in ((1, 1, 1), (1, 3, 2), (2, 4, 2), (4, 8, 1), (2, 100, 1)):
+            plans = [Plan(200, batch, accum, world, rank, 5, True, lengths) for rank in range(world)]
+            size, per_epoch = plans[0].global_batch, plans[0].steps_per_epoch
+            for within in range(per_epoch):
+                step = epoch * per_epoch + within
+                seen = [i for plan in plans for one in plan.micro_batches(step) for i in one]
+                assert sorted(seen) == sorted(order[within * size : (within + 1) * size])
 
 
 def test_an_order_by_length_pads_little() -> None:
     lengths = [int(x) for x in np.random.default_rng(0).integers(10, 500, 4096)]
 
-    def padded(order: torch.Tensor) -> float:
-        batches = [[lengths[i] for i in order[start : start + 8].tolist()] for start in range(0, 4096, 8)]
-        return sum(8 * max(batch) for batch in batches) / sum(lengths)
+    def padded(order: torch.Tensor, rows: int) -> float:
+        batches = [[lengths[i] for i in order[start : start + rows].tolist()] for start in range(0, 4096, rows)]
+        return sum(len(batch) * max(batch) for batch in batches) / sum(lengths)
 
-    assert padded(epoch_order(4096, 0, 0, True)) > 1.6
-    assert padded(by_length(lengths, 0, 0, 8)) < 1.03
+    for rows in (4, 8, 32, 64):
+        assert padded(epoch_order(4096, 0, 0, True), rows) > 1.5
+        assert padded(by_length(lengths, 0, 0), rows) < 1.03
     plan = Plan(4096, 8, 1, 1, 0, 0, False, lengths)
     assert plan.micro_batches(1) == [list(range(8, 16))]  # as in the file means as in the file
+
+
+# --- another batch on the way -------------------------------------------------------------------
+
+
+CHANGES = [  # samples, (world, batch, accum) before and after, steps done before
+    (32, (1, 4, 1), (1, 8, 1), 4),
+    (32, (1, 8, 1), (1, 4, 1), 2),
+    (30, (1, 4, 1), (1, 8, 1), 6),
+    (30, (2, 2, 1), (1, 3, 2), 3),
+    (30, (1, 4, 1), (1, 7, 1), 8),  # at the end of an epoch any batch fits
+    (30, (1, 4, 2), (4, 1, 1), 9),
+    (100, (2, 4, 1), (4, 4, 2), 17),
+]
+
+
+@pytest.mark.parametrize("by_lengths", [False, True], ids=["shuffled", "by length"])
+@pytest.mark.parametrize(("n", "before", "after", "done"), CHANGES)
+def test_another_batch_still_sees_every_sample_of_an_epoch_once(
+    n: int, before: tuple[int, int, int], after: tuple[int, int, int], done: int, by_lengths: bool
+) -> None:
+    """Counted over all processes, from before the change to the end of the next epoch."""
+    lengths = [1 + (i * 7919) % 97 for i in range(n)] if by_lengths else None
+
+    def plans(split: tuple[int, int, int]) -> list[Plan]:
+        world, batch, accum = split
+        return [Plan(n, batch, accum, world, rank, 5, True, lengths) for rank in range(world)]
+
+    def seen(of: list[Plan], step: int) -> list[int]:
+        return [i for plan in of for micro in plan.micro_batches(step) for i in micro]
+
+    old = plans(before)
+    consumed = [i for step in range(done) for i in seen(old, step)]
+    position = old[0].position(done)
+    assert position.epoch * n + position.samples == len(consumed)
+    new = [plan.starting_at(position, done) for plan in plans(after)]
+    assert {plan.position(done) for plan in new} == {position}
+    step = done
+    while len(consumed) < (position.epoch + 2) * n:
+        consumed += seen(new, step)
+        step += 1
+    assert len(consumed) == (position.epoch + 2) * n
+    for epoch in range(position.epoch + 2):
+        assert sorted(consumed[epoch * n : (epoch + 1) * n]) == list(range(n))
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_those_that_do() -> None:
+    position = Plan(32, 4, 1, 1, 0, 5, True).position(3)
+    with pytest.raises(InputError) as refused:
+        Plan(32, 4, 1, 2, 0, 5, True).starting_at(position, 3)
+    message = str(refused.value)
+    assert "12 samples of epoch 1 are consumed, which is no whole number of batches of 8" in message
+    assert "with 2 processes and --train.grad_accum 1, --train.batch_size 1, 2, 3, 6 fits" in message
+    odd = Plan(32, 3, 1, 1, 0, 5, True).position(1)
+    with pytest.raises(InputError, match=r"no --train\.batch_size fits"):
+        Plan(32, 1, 2, 1, 0, 5, True).starting_at(odd, 1)
 
 
 # --- batches ------------------------------------------------------------------------------------------------------------
