@@ -3,16 +3,16 @@
 A checkpoint is a directory `step_00000100`: safetensors files with what trains and its optimizer state, each process its own
 part, and `state.json`, which is written last, under a temporary name of the directory: one that has its name is whole. What is
 stored are the plain model's parameters, each laid out in a row of which every process holds a part (`pieces`), so any strategy
-on any number of processes reads what any other wrote. The schedule, the data's order and dropout are functions of (seed, step),
-so nothing of them needs to be stored but the step. Nothing is pickled (DCP's own metadata file would be).
+on any number of processes reads what any other wrote. The schedule and dropout are functions of (seed, step), and the data's
+order is one of (seed, epoch, index), so nothing of them is stored but the steps done and the samples consumed. Nothing is
+pickled (DCP's own metadata file would be).
 """
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,16 +23,16 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from fsdp_train.checkpoint_files import STATE_FILE, checkpoints, damage_of, find_checkpoints, remove, state_of
-from fsdp_train.data import Dataset
+from fsdp_train.checkpoint_files import FORMAT, STATE_FILE, checkpoints, damage_of, remove, state_of
+from fsdp_train.identity import MAY_CHANGE, changes
 from fsdp_train.optim import LossScaler, Optimizer
+from fsdp_train.order import Position
 from fsdp_train.parts import MOMENTS, Part, Reads, Writes, cause_of, digest_of, parts_of, pieces, rank_of
 from fsdp_train.settings import option
+from fsdp_train.step import NonFiniteError
 from fsdp_train.world import World
-from llama.errors import InputError, nearest
-from llama.files import read_json, write_json
-
-MAY_CHANGE = ("data", "optim", "order", "batch", "precision")
+from llama.errors import InputError, listing, nearest
+from llama.files import cannot_write, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,13 @@ class CheckpointConfig:
     every: int = option(500, "steps between checkpoints (0: none, unless a signal asks for one)")
     keep: int = option(2, "how many of the newest to keep; the one with the best evaluation loss stays too")
     resume: str = option(
-        "auto", "auto: from the newest checkpoint in output_dir; none: start over; or a checkpoint directory", "auto|none|DIR"
+        "auto",
+        "where to begin if output_dir holds no checkpoint: auto, none: at the base; or at this checkpoint. One that"
+        " output_dir holds goes on (none refuses that, unless the same command made it)",
+        "auto|none|DIR",
+    )
+    overwrite: bool = option(
+        False, "start over in an output_dir with checkpoints or a result, which move to replaced-TIME/ in it"
     )
     accept_changes: tuple[str, ...] = option(
         (), f"resume although these differ: {', '.join(MAY_CHANGE)} (the rest must not)", "NAME,..."
@@ -60,16 +66,32 @@ class CheckpointConfig:
                 )
 
 
-def data_fingerprint(data: Dataset) -> str:
-    """A hash of all ids and labels in order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for sample in data.samples:
-        digest.update(sample.ids.tobytes())
-        digest.update(sample.labels.tobytes())
-    return digest.hexdigest()
-
-
 # --- checkpoints of a run -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: optimizer steps done, and where in the data the next one begins."""
+
+    step: int
+    position: Position
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a checkpoint said.
+
+    Attributes:
+        path: of the checkpoint.
+        progress: of the run that wrote it.
+        samples: of an epoch, in the data of that run.
+        damaged: checkpoints that were passed over to get to it.
+    """
+
+    path: Path
+    progress: Progress
+    samples: int
+    damaged: list[Path]
 
 
 @dataclass
@@ -77,7 +99,10 @@ class Checkpoints:
     """Those of one run. All processes call the same methods in the same order.
 
     Attributes:
-        identity: what must be the same for a resumed run to continue this one.
+        may_write: raises InputError where this run has lost the right to write here; called on rank 0.
+        identity: what must be the same for a resumed run to continue this one (`identity_of`).
+        facts: what else is kept in `state.json`, for whoever resumes.
+        settings: all settings of the run as text, by dotted name; kept too.
         tell: for people.
     """
 
@@ -87,19 +112,29 @@ class Checkpoints:
     model: nn.Module
     optimizer: Optimizer
     scaler: LossScaler
-    identity: Mapping[str, Any]
+    may_write: Callable[[], None]
+    identity: Mapping[str, str]
+    facts: Mapping[str, Any]
+    settings: Mapping[str, str]
     tell: Callable[[str], None]
     _best: float | None = field(default=None, init=False)
     _writer: threading.Thread | None = field(default=None, init=False)
     _error: str | None = field(default=None, init=False)
 
-    def save(self, step: int, eval_loss: float | None = None) -> None:
+    def save(self, progress: Progress, samples: int, eval_loss: float | None = None) -> None:
         """Copy the state to memory of its own and write it while training goes on; first wait for the one before.
+
+        Args:
+            progress: what is done.
+            samples: of an epoch.
+            eval_loss: on held-out data, if it was measured at this step.
 
         Raises:
             InputError: on every process, where any of them could not write the one before.
+            NonFiniteError: on every process; what is not finite is never written.
         """
         self.finish()
+        self.check_finite(progress.step)
         copies = {
             key: Part(part.values.to("cpu", copy=True), part.start, part.size)
             for key, part in parts_of(self.model, self.optimizer).items()
@@ -107,15 +142,38 @@ class Checkpoints:
         if self.is_best(eval_loss):
             self._best = eval_loss
         state = {
-            "step": step,
+            "format": FORMAT,
+            "step": progress.step,
+            "epoch": progress.position.epoch,
+            "samples": progress.position.samples,
+            "samples_per_epoch": samples,
             "eval_loss": eval_loss,
             "best": self._best,
             "world": self.world.size,
             "loss_scale": self.scaler.state(),
             "identity": dict(self.identity),
+            "settings": dict(self.settings),
+            **self.facts,
         }
         self._writer = threading.Thread(target=self._write, args=(copies, state), daemon=True)
         self._writer.start()
+
+    def check_finite(self, step: int) -> None:
+        """Raise NonFiniteError, on every process, if what trains or its optimizer state is not finite after `step` steps.
+
+        An update that is too large (its gradient was finite, or it would not have been made) shows in the loss one step later
+        only, and in a weight that no sample of that step reads perhaps never.
+        """
+        if names := self.not_finite():
+            raise NonFiniteError(f"step {step}: its update left values that are not finite in {listing(names, 3)}")
+
+    def not_finite(self) -> list[str]:
+        """Names of the trained tensors that are not finite, or have such optimizer state; the same on every process."""
+        parts = parts_of(self.model, self.optimizer)
+        flags = [part.values.isfinite().all() for part in parts.values()]
+        finite = torch.stack(flags).tolist() if flags else []  # one wait for the device
+        mine = {key.partition("/")[2] for key, good in zip(parts, finite, strict=True) if not good}
+        return sorted({name for names in self.world.gather(sorted(mine)) for name in names})
 
     def is_best(self, eval_loss: float | None) -> bool:
         """Whether it is below that of every checkpoint so far."""
@@ -163,12 +221,13 @@ class Checkpoints:
             with self._together():
                 if world.rank == 0:
                     write_json(temporary / STATE_FILE, state)
-                    if final.exists():  # one that was damaged, or of a run that was resumed from before it
-                        remove(final)
+                    self.may_write()
                     temporary.rename(final)
                     self._remove_old()
         except BaseException as error:  # DCP's own errors are not Exceptions
-            self._error = f"the checkpoint {final} could not be written: {cause_of(error)}; those before it are whole"
+            size = sum(part.values.nbytes for part in parts.values())
+            why = cannot_write(final, cause_of(error), size)
+            self._error = f"the checkpoint {why}; those before it are whole"
             if world.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
 
@@ -179,7 +238,7 @@ class Checkpoints:
             try:
                 yield
             except OSError as error:
-                raise InputError(str(error)) from None
+                raise InputError(error.strerror or str(error)) from None
 
     def _remove_old(self) -> None:
         found = checkpoints(self.directory)
@@ -189,16 +248,17 @@ class Checkpoints:
             if path != best:
                 remove(path)
 
-    def resume(self) -> int:
-        """Put the state of the checkpoint that the settings mean in place; return the number of steps done.
+    def resume(self, candidates: Sequence[Path]) -> Resumed | None:
+        """Put the state of the first of these checkpoints that is whole in place; None if there are none.
 
-        A damaged one is passed over, and said to be; where the settings name it, it is refused.
+        A damaged one is passed over, and said to be.
 
         Raises:
-            InputError: it belongs to another run (naming what differs), or is damaged, and every one before it.
+            InputError: it belongs to another run (naming what differs), or all of them are damaged.
         """
-        wanted = self.world.gather(find_checkpoints(self.config.resume, self.directory))[0]  # as rank 0 sees the directory
-        for path in wanted:
+        damaged: list[Path] = []
+        damage = ""
+        for path in candidates:
             state: dict[str, Any] = {}
             damage = ""
             try:
@@ -210,32 +270,37 @@ class Checkpoints:
                 with self.world.together():
                     self._check_identity(path, state)
                 damage = self._first(damage_of(path, state, self.world))
-            if not damage:
-                self._load(path)
-                self.scaler.load(state["loss_scale"])
+            if damage:
+                damaged.append(path)
+                others = "; falling back to the one before" if path is not candidates[-1] else ""
+                self.tell(f"{damage}{others}")
+                continue
+            self._load(path)
+            self.scaler.load(state["loss_scale"])
+            if path.parent == self.directory:
                 self._best = state["best"]
-                self.tell(f"resumed from {path}: {state['step']:,} steps done")
-                return int(state["step"])
-            if path is wanted[-1]:
-                raise InputError(f"{damage}; no checkpoint before it is whole. --checkpoint.resume none starts over")
-            self.tell(f"{damage}; falling back to the one before")
-        return 0
+            position = Position(state["epoch"], state["samples"])
+            return Resumed(path, Progress(state["step"], position), state["samples_per_epoch"], damaged)
+        if damaged:
+            raise InputError(f"{damage}; no checkpoint before it is whole. --checkpoint.overwrite true starts over")
+        return None
 
     def _first(self, text: str) -> str:
         """The first text that is not empty, of all processes."""
         return next((one for one in self.world.gather(text) if one), "")
 
     def _check_identity(self, path: Path, state: dict[str, Any]) -> None:
-        saved = state["identity"]
-        different = [key for key in {**saved, **self.identity} if saved.get(key) != self.identity.get(key)]
-        refused = [key for key in different if key not in self.config.accept_changes]
+        found = changes(state["identity"], self.identity, state["settings"], self.settings)
+        refused = [change for change in found if change.group not in self.config.accept_changes]
         if refused:
-            changes = "; ".join(f"{key} was {saved.get(key)!r}, is {self.identity.get(key)!r}" for key in refused)
-            may = [key for key in refused if key in MAY_CHANGE]
-            accept = f"; --checkpoint.accept_changes {','.join(may)} takes the change on" if may == refused else ""
-            raise InputError(f"{path} belongs to another run: {changes}. --checkpoint.resume none starts over{accept}")
-        for key in different:
-            self.tell(f"accepted: {key} was {saved.get(key)!r}, is {self.identity.get(key)!r}")
+            groups = list(dict.fromkeys(change.group for change in refused))
+            accept = f"; --checkpoint.accept_changes {','.join(groups)} takes the change on" if all(groups) else ""
+            raise InputError(
+                f"{path} belongs to another run: {'; '.join(change.text for change in refused)}."
+                f" Another --train.output_dir, or --checkpoint.overwrite true, starts over{accept}"
+            )
+        for change in found:
+            self.tell(f"accepted: {change.text}")
 
     def _load(self, path: Path) -> None:
         """Read straight into the parameters, and into optimizer state that is made for what has some in the files."""
@@ -259,8 +324,8 @@ class Checkpoints:
         dcp.load(parts, storage_reader=reader, planner=Reads(), process_group=self.world.quiet, no_dist=self.world.size == 1)
 
 
-def room_for(config: CheckpointConfig, directory: Path, trained: int, total_steps: int, evaluations: int) -> int:
+def room_for(config: CheckpointConfig, present: int, trained: int, total_steps: int, evaluations: int) -> int:
     """Bytes that the checkpoints still to come take at once: for each trained number itself and two moments, in fp32. The best
-    one stays beside the newest, and the next is written before the oldest goes."""
+    one stays beside the newest, and the next is written before the oldest goes; `present` are there already."""
     due = -(-total_steps // config.every) + evaluations if config.every else 0
-    return 12 * trained * max(0, min(due, config.keep + 1 + (evaluations > 0)) - len(checkpoints(directory)))
+    return 12 * trained * max(0, min(due, config.keep + 1 + (evaluations > 0)) - present)

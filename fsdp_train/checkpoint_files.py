@@ -13,17 +13,22 @@ from llama.errors import InputError
 from llama.files import read_json
 
 STATE_FILE = "state.json"  # written last
+FORMAT = 2  # of a checkpoint; 1 counted progress in steps, whatever their size
 
 
 def state_of(path: Path) -> dict[str, Any]:
     """What `state.json` says.
 
     Raises:
-        InputError: it is not there, or not what a checkpoint has.
+        InputError: it is not there, not what a checkpoint has, or of another version.
     """
     state = read_json(path / STATE_FILE)
-    if not {"step", "best", "identity", "files", "loss_scale"} <= state.keys() or not isinstance(state["identity"], dict):
+    if not isinstance(state.get("identity"), dict) or not isinstance(state.get("files"), dict):
         raise InputError(f"{path / STATE_FILE} is not the state of a checkpoint")
+    if state.get("format") != FORMAT:
+        raise InputError(
+            f"{path} was written by another version of this program (format {state.get('format', 1)}; this one reads {FORMAT})"
+        )
     return state
 
 
@@ -36,17 +41,6 @@ def damage_of(path: Path, state: dict[str, Any], world: World) -> str:
     return ""
 
 
-def drop_later(directory: Path, step: int) -> list[Path]:
-    """Remove the checkpoints beyond `step`, where a run starts anew: they belong to the one that it replaces. And what a killed
-    process left unfinished."""
-    for unfinished in directory.glob(".step_*.tmp"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-    later = [path for path in checkpoints(directory) if int(path.name.removeprefix("step_")) > step]
-    for path in later:
-        remove(path)
-    return later
-
-
 def remove(path: Path) -> None:
     """Take the name away first: what is killed half-way through this must not look whole."""
     hidden = path.with_name(f".{path.name}.old.tmp")
@@ -56,21 +50,10 @@ def remove(path: Path) -> None:
 
 def checkpoints(directory: Path) -> list[Path]:
     """The complete checkpoints in `directory`, oldest first."""
-    return sorted(p for p in directory.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name) and (p / STATE_FILE).is_file())
+    named = (path for path in directory.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
+    return sorted(path for path in named if is_checkpoint(path))
 
 
-def find_checkpoints(resume: str, directory: Path) -> list[Path]:
-    """The checkpoints that `--checkpoint.resume` means, the first choice first; none to start from the beginning.
-
-    Raises:
-        InputError: a directory that is not a checkpoint.
-    """
-    if resume == "none":
-        return []
-    if resume == "auto":
-        return checkpoints(directory)[::-1]
-    if not (Path(resume) / STATE_FILE).is_file():
-        raise InputError(
-            f"--checkpoint.resume {resume}: not a checkpoint (no {STATE_FILE}); expected auto, none or step_NNNNNNNN"
-        )
-    return [Path(resume)]
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a directory whose checkpoint was written to its end."""
+    return (path / STATE_FILE).is_file()

@@ -9,11 +9,13 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 
 from fsdp_train.config import RunConfig, parse_config
 from fsdp_train.run import Run
@@ -22,6 +24,10 @@ from fsdp_train.signals import Stopped
 from fsdp_train.step import NonFiniteError
 from fsdp_train.world import PeerError, process_group
 from llama.errors import InputError
+from llama.files import cannot_write
+
+# What a disk answers that is full, or may not be written: nothing that a traceback would explain.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except PeerError as error:
         fail(error, 1)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            error.args = (cannot_write(error.filename or config.train.output_dir, error),)
+            fail(error)
         if getattr(error, "prints", True):
             traceback.print_exc()
         error.args = (f"{type(error).__name__}: {error}",)
@@ -54,8 +63,8 @@ def fine_tune(config: RunConfig) -> None:
         InputError: before the first step, on every process alike.
         NonFiniteError: at the step that would have spoilt the weights.
     """
-    with process_group(config.parallel) as world:
-        complete(Run(config, world))
+    with process_group(config.parallel) as world, closing(Run(config, world)) as run:
+        complete(run)
 
 
 def complete(run: Run) -> None:

@@ -146,8 +146,8 @@ def rank_of(path: Path) -> int:
     return int(found[1]) - 1
 
 
-def cause_of(error: BaseException) -> str:
+def cause_of(error: BaseException) -> BaseException:
     """The innermost reason: DCP wraps what went wrong on each process."""
     failures = getattr(error, "failures", None)
     inner = next(iter(failures.values()))[0] if failures else error.__cause__
-    return cause_of(inner) if inner is not None else str(error)
+    return cause_of(inner) if inner is not None else error

@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,41 @@ from torch import nn
 
 from fsdp_train.artefact import Artefact
 from fsdp_train.build import ADAPTER_METHODS, build_model, frozen_dtype, trained_names, wrap_model
-from fsdp_train.checkpoint import Checkpoints, data_fingerprint, room_for
-from fsdp_train.checkpoint_files import drop_later, find_checkpoints
+from fsdp_train.checkpoint import Checkpoints, Progress, room_for
+from fsdp_train.checkpoint_files import checkpoints, state_of
 from fsdp_train.classification import ClassificationDataset
 from fsdp_train.config import RunConfig
 from fsdp_train.features import HeadOnly, backbone_digest, cache_directory, file_of, with_features
+from fsdp_train.identity import identity_of
 from fsdp_train.inputs import read_inputs
 from fsdp_train.log import Metrics, peak_memory, say, write_whole
 from fsdp_train.measure import held_out_metrics, measure
-from fsdp_train.optim import LossScaler
-from fsdp_train.output import next_commands, output_directory
+from fsdp_train.optim import LossScaler, learning_rate
+from fsdp_train.order import Position
+from fsdp_train.output import next_commands
 from fsdp_train.parallel import Fill, frozen_checksum, held_bytes, place_model
 from fsdp_train.partial import PartialConfig, RankedLayer, Unfreezing, rank_layers, save_ranking, show_ranking
-from fsdp_train.settings import values_of, write_toml
+from fsdp_train.run_directory import (
+    CHECKPOINTS,
+    PATIENCE,
+    Beginning,
+    RunDirectory,
+    beginning_of,
+    belongings,
+    command_of,
+    remove_litter,
+    set_aside,
+)
+from fsdp_train.settings import as_text, values_of, write_toml
 from fsdp_train.signals import Signals, Stopped
-from fsdp_train.strategy import chosen_strategy, precision_of, replicas_and_shards
+from fsdp_train.step import NonFiniteError
+from fsdp_train.strategy import SHARDED, chosen_strategy, precision_of, replicas_and_shards
 from fsdp_train.train import fit
 from fsdp_train.units import shares, table, total_bytes
 from fsdp_train.world import World
 from llama import Llama
-from llama.errors import InputError
+from llama.errors import InputError, listing
+from llama.files import cannot_write
 from peft_impl import count_parameters, trainable_table
 from peft_impl.freeze import layer_of
 
@@ -50,6 +65,7 @@ class Run:
         self.precision = precision_of(config.parallel, world.device)
         self.dtype = self.precision.param
         self.ranking: list[RankedLayer] = []
+        self.directory: RunDirectory | None = None  # rank 0's
 
     def tell(self, text: str) -> None:
         """Print on rank 0."""
@@ -60,33 +76,55 @@ class Run:
 
     def prepare(self) -> None:
         """Check and read everything. An error on any process becomes the same error on all, before anything is written."""
-        output = ""
+        self.command = command_of(self.config)
+        found: tuple[Path, Beginning] | None = None
         with self.world.together():
             if self.world.rank == 0:
-                try:
-                    output = str(output_directory(self.config))
-                except OSError as error:
-                    raise InputError(f"--train.output_dir {self.config.train.output_dir}: {error.strerror}") from None
-                find_checkpoints(self.config.checkpoint.resume, Path(output) / "checkpoints")
-        self.output = Path(self.world.gather(output)[0])
+                wait = min(PATIENCE, self.world.timeout / 2)  # the others are waiting for this one
+                self.directory = RunDirectory(self.config, wait, self.tell)
+                output = self.directory.path
+                found = output, beginning_of(self.config, output, self.command)
+        first = self.world.gather(found)[0]
+        assert first is not None
+        self.output, self.beginning = first
         finetune = self.config.finetune
         with self.world.together():
             self.inputs = read_inputs(self.config, self.world, self.tell)
             trained_names(finetune, self.inputs.base, self.inputs.target)  # names that match nothing end the run here
         if finetune.partial.select:
-            self._rank()
+            self._choose_layers()
         chosen = [row.layer for row in self.ranking if row.trains]
         with self.world.together():
-            names = trained_names(finetune, self.inputs.base, self.inputs.target, chosen)
-            self.model, self.fill = self._built(names, torch.float32)
+            self.trained = trained_names(finetune, self.inputs.base, self.inputs.target, chosen)
+            self.model, self.fill = self._built(self.trained, torch.float32)
         self.config = dataclasses.replace(
             self.config, train=dataclasses.replace(self.config.train, output_dir=str(self.output))
         )
+
+    def close(self) -> None:
+        """Let another run use the directory; all processes may call it at any time."""
+        if self.directory is not None:
+            self.directory.close()
 
     def _built(self, names: list[str], masters: torch.dtype) -> tuple[nn.Module, Fill]:
         config = self.config
         inputs, seed = self.inputs, config.train.seed
         return build_model(inputs.weights, config.model, config.finetune, inputs.target, names, seed, self.dtype, masters)
+
+    def _choose_layers(self) -> None:
+        """The decoder layers that train: as chosen when the run began, or by the data now."""
+        stored: list[dict[str, Any]] = []
+        if self.world.rank == 0:
+            for path in self.beginning.candidates:
+                with suppress(InputError):  # a damaged one is told of when it is passed over
+                    stored = state_of(path)["ranking"]
+                    break
+        self.ranking = [RankedLayer(**row) for row in self.world.gather(stored)[0]]
+        if not self.ranking:
+            self._rank()
+            return
+        self.tell(f"{self.config.finetune.partial.select}, as ranked when the run began:")
+        self.tell(show_ranking(self.ranking))
 
     def _rank(self) -> None:
         """Let the data choose among the decoder layers, on a model that is built for this alone."""
@@ -118,20 +156,28 @@ class Run:
         adapters = getattr(self.model, "adapters", None)
         adapter = next(iter(adapters.configs.values())) if adapters else None
         self.artefact = Artefact(self.config, inputs.target, inputs.weights, adapter, inputs.tokenizer, self.output, self.world)
-        self.features = self._train_on_features() if self.config.finetune.caches_features else ""
+        self.frozen_identity = ""
+        if self.config.finetune.caches_features:
+            self._train_on_features()
         self._spread()
         self.checksum = frozen_checksum(self.model_wrapped, self.world)
+        self.frozen_identity = self.frozen_identity or self.checksum
         self.unfreezing = Unfreezing(self.model_wrapped, self.config.finetune.partial.unfreeze_every, inputs.target.ties_head)
+        facts = {
+            "command": self.command,
+            "ranking": [dataclasses.asdict(row) for row in self.ranking],
+        }
+        settings = self._settings()
         self.checkpoints = Checkpoints(
-            self.config.checkpoint, self.output / "checkpoints", self.world, self.model_wrapped, self.optimizer, self.scaler,
-            self._identity(), self.tell,
+            self.config.checkpoint, self.output / CHECKPOINTS, self.world, self.model_wrapped, self.optimizer, self.scaler,
+            self._may_write, self._identity(settings, adapter), facts, settings, self.tell,
         )  # fmt: skip
-        self.first_step = self._resume()
+        self._resume()
         self._open_output()
         threads = f", {torch.get_num_threads()} threads" if self.world.device.type == "cpu" else ""
         self.tell(
             f"{self.world.device.type}{threads}, strategy {self.strategy}, {str(self.dtype).removeprefix('torch.')}:"
-            f" {inputs.total_steps:,} steps of {inputs.plan.global_batch} samples, into {self.output}"
+            f" {inputs.total_steps - self.first_step:,} steps of {inputs.plan.global_batch} samples, into {self.output}"
         )
         if every := self.config.finetune.partial.unfreeze_every:
             reached = min(self.unfreezing.count, 1 + (inputs.total_steps - 1) // every)
@@ -152,12 +198,13 @@ class Run:
             copies = f", {world.size // shards} copies of the model" if shards < world.size else ""
             self.tell(f"{self.strategy} over {shards} processes{copies}; rank 0 holds of each unit:\n{table(rows)}")
 
-    def _train_on_features(self) -> str:
-        """Put the frozen backbone's features in the place of texts; return what identifies them. A setting may forbid it."""
+    def _train_on_features(self) -> None:
+        """Put the frozen backbone's features in the place of texts. A setting may forbid it."""
         inputs, model = self.inputs, self.model
         if self.config.finetune.head.feature_cache == "none":
-            return ""
+            return
         self.fill(model)  # what identifies the features is a hash of all weights
+        self.frozen_identity = frozen_checksum(model, self.world)  # as of a run that has no cache
         assert isinstance(model, Llama)
         assert isinstance(inputs.data, ClassificationDataset)
         directory, digest = cache_directory(self.config.finetune.head.feature_cache), backbone_digest(model.model)
@@ -176,28 +223,28 @@ class Run:
         if isinstance(inputs.held_out, ClassificationDataset):
             inputs.held_out = featured(inputs.held_out)
         self.model = HeadOnly(model.score)  # the backbone's memory is free from here on
-        return digest
 
     def _open_output(self) -> None:
         """Rehearse what the user keeps, and only then put this run in the place of what its directory may hold."""
-        saved, steps = self.output / "checkpoints", self.inputs.total_steps
+        saved, steps = self.output / CHECKPOINTS, self.inputs.total_steps
         evaluations = (steps - 1) // self.config.train.eval_every if self.config.train.eval_every else 0
         with self._writing():
-            self.output.mkdir(parents=True, exist_ok=True)
             if self.world.rank == 0:
-                self.artefact.check_room(room_for(self.config.checkpoint, saved, self.trainable, steps, evaluations))
-        if self.first_step == 0:
+                self.tell(remove_litter(self.output))
+                present = 0 if self.beginning.replaces else len(checkpoints(saved))
+                self.artefact.check_room(room_for(self.config.checkpoint, present, self.trainable, steps, evaluations))
+        if self.first_step == 0 or not self.beginning.own:
             with self._writing():
                 seconds = self.artefact.rehearse(self.model_wrapped)
             if seconds > 5:
                 self.tell(f"rehearsed saving: {self.artefact.expected_bytes / 1e9:.2f} GB in {seconds:.0f} s")
         with self._writing():
+            if self.world.rank == 0:
+                self._set_aside_what_is_not_used()
             self.metrics = Metrics(self.output / "metrics.jsonl", self.world.rank == 0, self.first_step)
             if self.world.rank == 0:
                 text = write_toml(self.config, "torchrun -m fsdp_train.main --config config.toml")
                 write_whole(self.output / "config.toml", text)
-                for path in drop_later(saved, self.first_step):
-                    self.tell(f"removed {path}: it is beyond step {self.first_step}, where this run starts")
                 if self.ranking:
                     save_ranking(self.ranking, self.output)
         with self._writing():
@@ -207,39 +254,76 @@ class Run:
                     f" {socket.gethostname()} does not see; give a directory on a file system that all hosts share"
                 )
 
+    def _set_aside_what_is_not_used(self) -> None:
+        """What another run left, if this one replaces it; and checkpoints that cannot be used."""
+        if self.beginning.replaces:
+            unused = belongings(self.output)
+        else:
+            usable = set(checkpoints(self.output / CHECKPOINTS)) - set(self.damaged)
+            named = (self.output / CHECKPOINTS).glob("step_*")
+            unused = [path for path in named if path not in usable]
+        if unused:
+            place = set_aside(self.output, unused)
+            names = ", ".join(str(path.relative_to(self.output)) for path in unused)
+            self.tell(f"moved to {place}: {names}")
+
+    def _may_write(self) -> None:
+        if self.directory is not None:
+            self.directory.lock.check()
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """An error on any process is raised on all; a directory that was made for nothing is removed."""
-        try:
-            with self.world.together():
-                try:
-                    yield
-                except OSError as error:
-                    raise InputError(f"--train.output_dir {self.output} cannot be written: {error.strerror}") from None
-        except InputError:
-            if self.world.rank == 0 and self.output.is_dir() and not any(self.output.iterdir()):
-                self.output.rmdir()
-            raise
+        """An error on any process is raised on all."""
+        with self.world.together():
+            try:
+                yield
+            except OSError as error:
+                raise InputError(f"--train.output_dir {cannot_write(self.output, error)}") from None
 
-    def _identity(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, str]:
+        """All settings as text, by name."""
+        return {name: as_text(value) for name, value in values_of(self.config).items()}
+
+    def _identity(self, settings: dict[str, str], adapter: Any) -> dict[str, str]:
         """What a checkpoint and the run that continues it must have in common."""
-        train, finetune = self.config.train, values_of(self.config.finetune)
-        return {
-            "architecture": str(self.inputs.target),
-            "frozen weights": self.features or self.checksum,
-            "finetune": {name: str(value) for name, value in finetune.items() if name != "head.feature_cache"},
-            "data": data_fingerprint(self.inputs.data),
-            "optim": {name: str(value) for name, value in values_of(self.config.optim).items()},
-            "order": [train.seed, self.config.data.shuffle, self.config.data.packing],
-            "batch": self.inputs.plan.global_batch,
-            "precision": str(self.dtype),
-        }
+        parallel = self.config.parallel
+        dtype = str(self.dtype).removeprefix("torch.")
+        precision = {"parallel.precision": dtype}
+        if self.strategy in SHARDED:
+            precision["parallel.reduce_dtype"] = parallel.reduce_dtype
+        if self.trainable < self.total:
+            frozen = frozen_dtype(self.config.model, self.dtype)
+            precision["frozen dtype"] = str(frozen).removeprefix("torch.")
+        return identity_of(
+            settings, self.inputs.target, adapter, self.trained, self.frozen_identity,
+            self.inputs.data, self.inputs.plan.global_batch, precision,
+        )  # fmt: skip
 
-    def _resume(self) -> int:
-        step = self.checkpoints.resume()
-        if step > self.inputs.total_steps:
-            raise InputError(f"{self.output} has {step} steps done, this run ends at {self.inputs.total_steps}")
-        return step
+    def _resume(self) -> None:
+        """Go on from a checkpoint, if there is one: at which step, and where in the data."""
+        self.first_step, self.damaged = 0, []
+        resumed = self.checkpoints.resume(self.beginning.candidates)
+        if resumed is None:
+            return
+        inputs, plan = self.inputs, self.inputs.plan
+        step, position = resumed.progress.step, resumed.progress.position
+        if resumed.samples != plan.samples:  # other data, taken on: no batch of it is cut in two
+            consumed = min(position.samples, plan.samples)
+            position = Position(position.epoch, consumed // plan.global_batch * plan.global_batch)
+        with self.world.together():
+            inputs.plan = plan.starting_at(position, step)
+        if self.config.train.max_steps is None:
+            inputs.total_steps -= inputs.plan.offset  # an end that is counted in passes over the data
+        if step > inputs.total_steps:
+            raise InputError(f"{self.output} has {step} steps done, this run ends at {inputs.total_steps}")
+        self.first_step, self.damaged = step, resumed.damaged
+        resume = self.config.checkpoint.resume
+        if self.beginning.own and resume not in ("auto", str(resumed.path)):
+            self.tell(f"--checkpoint.resume {resume}: not used, the run has checkpoints of its own here")
+        self.tell(
+            f"resumed from {resumed.path}: {step:,} steps done, {position.samples:,} of {plan.samples:,} samples of"
+            f" epoch {position.epoch + 1} consumed, {inputs.total_steps - step:,} steps left"
+        )
 
     # --- training and measuring -----------------------------------------------------------------------------------------
 
@@ -256,6 +340,13 @@ class Run:
     def train(self) -> None:
         """All steps that are left, with evaluation and checkpoints on the way."""
         train, every, steps = self.config.train, self.config.checkpoint.every, self.inputs.total_steps
+        plan, optim = self.inputs.plan, self.config.optim
+        # Where the end is counted in passes over the data, a change of batch changes how many steps a
+        # pass has: the rate then follows the share of the data that is consumed.
+        offset = plan.offset if train.max_steps is None else 0
+
+        def rate(step: int) -> float:
+            return learning_rate(optim, step + offset, steps + offset)
 
         def evaluates(done: int) -> bool:
             return bool(train.eval_every) and done % train.eval_every == 0 and done < steps
@@ -271,24 +362,45 @@ class Run:
                 self.tell(f"step {done}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
                 loss = found["eval_loss"]
             if asked or saves(done) or (every and self.checkpoints.is_best(loss)):
-                self.checkpoints.save(done, loss)
+                with self.world.together():
+                    self._may_write()
+                self.checkpoints.save(Progress(done, plan.position(done)), plan.samples, loss)
 
         if self.config.parallel.compile:
             self.tell("compiling: steps with a new shape take longer, the first one most")
         self.world.barrier("before the first step")
-        with Signals(lambda: self.checkpoints.failed) as signals:
+        with Signals(lambda: self.checkpoints.failed or self._lost_its_lock()) as signals:
             try:
                 fit(
-                    self.model_wrapped, self.optimizer, self.inputs.data, self.inputs.plan, self.config.optim, self.world,
+                    self.model_wrapped, self.optimizer, self.inputs.data, plan, rate, optim.grad_clip, self.world,
                     range(self.first_step, steps), self.metrics, self.config.log.every, self.unfreezing.before_step, after_step,
                     lambda done: evaluates(done) or saves(done), self.scaler, self.config.parallel.no_sync, signals,
                 )  # fmt: skip
+                self.checkpoints.check_finite(steps)
             except Stopped:
                 self.checkpoints.finish()
                 raise
+            except NonFiniteError as error:
+                self.checkpoints.finish()
+                raise NonFiniteError(f"{error}\n{self._way_out()}") from None
             finally:
                 self.checkpoints.settle()
         self.unfreezing.finish()
+
+    def _lost_its_lock(self) -> bool:
+        return self.directory is not None and self.directory.lock.lost
+
+    def _way_out(self) -> str:
+        """What is left after a step that is not finite, and what to change. All processes must call it."""
+        broken = self.checkpoints.not_finite()
+        cause = f"No longer finite, by an update that was too large: {listing(broken, 3)}. " if broken else ""
+        whole = checkpoints(self.output / CHECKPOINTS)
+        last = f"The last good checkpoint is {whole[-1]}" if whole else "There is no checkpoint before it"
+        optim = self.config.optim
+        return (
+            f"{cause}{last}. Go on with a smaller --optim.lr (is {optim.lr:g}), --optim.weight_decay (is"
+            f" {optim.weight_decay:g}) or --optim.grad_clip (is {optim.grad_clip:g}), and --checkpoint.accept_changes optim"
+        )
 
     # --- what the user keeps --------------------------------------------------------------------------------------------
 

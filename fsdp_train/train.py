@@ -15,7 +15,7 @@ from torch import nn
 from fsdp_train.data import Dataset
 from fsdp_train.host import undisturbed
 from fsdp_train.log import Metrics, Progress, peak_memory
-from fsdp_train.optim import LossScaler, OptimConfig, Optimizer, learning_rate
+from fsdp_train.optim import LossScaler, Optimizer
 from fsdp_train.order import Plan
 from fsdp_train.settings import option
 from fsdp_train.signals import Signals, Stopped
@@ -84,7 +84,8 @@ def fit(
     optimizer: Optimizer,
     data: Dataset,
     plan: Plan,
-    optim: OptimConfig,
+    rate: Callable[[int], float],
+    grad_clip: float,
     world: World,
     steps: range,
     metrics: Metrics,
@@ -99,6 +100,8 @@ def fit(
     """Train steps `steps.start` .. `steps.stop` - 1 of the run.
 
     Args:
+        rate: the learning rate of a step.
+        grad_clip: largest gradient norm, 0 for any.
         before_step: called with the step's number, on every process: what trains in it.
         after_step: called with the number of steps done and whether a checkpoint is asked for, on every process.
         looks: whether `after_step` has something to do after so many steps.
@@ -118,7 +121,7 @@ def fit(
         nonlocal seen
         result = pending.result()
         seen += result.tokens
-        progress.step(pending.step + 1, result.loss, learning_rate(optim, pending.step, steps.stop), seen / max(busy, 1e-9))
+        progress.step(pending.step + 1, result.loss, rate(pending.step), seen / max(busy, 1e-9))
         return result
 
     with closing(progress), undisturbed(world.device):
@@ -126,12 +129,12 @@ def fit(
             began = time.perf_counter()
             # Dropout is a pure function of (seed, step, rank), like the data's order: nothing of it needs to be saved.
             torch.manual_seed(step_seed(plan.seed, step, world.rank))
-            lr = learning_rate(optim, step, steps.stop)
+            lr = rate(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             before_step(step)
             batches = [data.batch(indices, world.device) for indices in plan.micro_batches(step)]
-            pending = begin_step(model, optimizer, batches, world, optim.grad_clip, step, scaler, no_sync, signals.take())
+            pending = begin_step(model, optimizer, batches, world, grad_clip, step, scaler, no_sync, signals.take())
             (stop, save), done = pending.also, step + 1
             # The device has this step before anyone waits for the one before it.
             told = tell_of(late) if late is not None else None

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def new_directory(path: str | os.PathLike[str], replace: bool = False) -> Iterat
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     except OSError as error:
-        raise InputError(f"cannot write below {path.parent}: {error.strerror or error}") from error
+        raise InputError(cannot_write(path.parent, error)) from error
     try:
         yield temporary
         umask = _umask()
@@ -64,8 +64,19 @@ def new_directory(path: str | os.PathLike[str], replace: bool = False) -> Iterat
         # torch.save, writing to a Python file, ends in a RuntimeError about itself; what stopped it is the context.
         reason = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(reason, OSError | SafetensorError):
-            raise InputError(f"{path} cannot be written: {reason}") from error
+            raise InputError(cannot_write(path, reason)) from error
         raise
+
+
+def cannot_write(path: str | os.PathLike[str], error: BaseException, needed: int | None = None) -> str:
+    """One line for people on a file or directory that could not be written: its path, the reason,
+    the bytes that were needed (where that is known), and what is free there."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    existing = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
+    with suppress(OSError):
+        free = f"{shutil.disk_usage(existing).free / 1e9:.2f} GB are free there"
+        reason += f"; {free}" if needed is None else f"; {needed / 1e9:.2f} GB are needed, {free}"
+    return f"{path} cannot be written: {reason}"
 
 
 @reading()
