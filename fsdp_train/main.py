@@ -48,12 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(error, 1)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _DISK:
-            error.args = (cannot_write(error.filename or config.train.output_dir, error),)
-            fail(error)
+            fail(_in_one_line(error, cannot_write(error.filename or config.train.output_dir, error)))
         if getattr(error, "prints", True):
             traceback.print_exc()
         error.args = (f"{type(error).__name__}: {error}",)
         fail(error, 1)
+
+
+def _in_one_line(error: BaseException, text: str) -> InputError:
+    """The same error for people, told by the process that would have told it."""
+    told = InputError(text)
+    if hasattr(error, "prints"):
+        told.prints = error.prints  # type: ignore[attr-defined]
+    return told
 
 
 def fine_tune(config: RunConfig) -> None:

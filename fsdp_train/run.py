@@ -43,7 +43,7 @@ from fsdp_train.run_directory import (
 from fsdp_train.settings import as_text, values_of, write_toml
 from fsdp_train.signals import Signals, Stopped
 from fsdp_train.step import NonFiniteError
-from fsdp_train.strategy import SHARDED, chosen_strategy, precision_of, replicas_and_shards
+from fsdp_train.strategy import DTYPES, SHARDED, chosen_strategy, precision_of, replicas_and_shards
 from fsdp_train.train import fit
 from fsdp_train.units import shares, table, total_bytes
 from fsdp_train.world import World
@@ -287,13 +287,12 @@ class Run:
     def _identity(self, settings: dict[str, str], adapter: Any) -> dict[str, str]:
         """What a checkpoint and the run that continues it must have in common."""
         parallel = self.config.parallel
-        dtype = str(self.dtype).removeprefix("torch.")
-        precision = {"parallel.precision": dtype}
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        precision = {"parallel.precision": names[self.dtype]}
         if self.strategy in SHARDED:
             precision["parallel.reduce_dtype"] = parallel.reduce_dtype
         if self.trainable < self.total:
-            frozen = frozen_dtype(self.config.model, self.dtype)
-            precision["frozen dtype"] = str(frozen).removeprefix("torch.")
+            precision["frozen dtype"] = names[frozen_dtype(self.config.model, self.dtype)]
         return identity_of(
             settings, self.inputs.target, adapter, self.trained, self.frozen_identity,
             self.inputs.data, self.inputs.plan.global_batch, precision,

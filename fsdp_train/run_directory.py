@@ -33,6 +33,7 @@ from fsdp_train.checkpoint_files import STATE_FILE, checkpoints, is_checkpoint, 
 from fsdp_train.config import RunConfig
 from fsdp_train.settings import values_of
 from llama.errors import InputError, listing
+from llama.files import cannot_write
 
 RESULTS = ("adapter", "model")  # what a finished run leaves
 FILES = ("config.toml", "metrics.jsonl", "layer_ranking.csv", "layer_ranking.png")
@@ -80,9 +81,8 @@ class RunDirectory:
             self.lock = RunLock(self.path, wait, tell)
         except OSError as error:
             self._remove_if_empty()
-            raise InputError(
-                f"--train.output_dir {config.train.output_dir or 'runs'}: cannot be written: {error.strerror}"
-            ) from None
+            path = config.train.output_dir or "runs"
+            raise InputError(f"--train.output_dir {cannot_write(path, error)}") from None
         except BaseException:
             self._remove_if_empty()
             raise
@@ -395,7 +395,10 @@ def belongings(path: Path) -> list[Path]:
     return [path / name for name in names if (path / name).exists()]
 
 
-_LITTER = re.compile(r"\.(rehearsal|adapter|model|step_\d{8}|config\.toml|layer_ranking\.csv)(\..*)?\.(tmp|old)")
+_LITTER = re.compile(
+    r"\.?\.rehearsal(\..*\.(tmp|old))?"
+    r"|\.(adapter|model|step_\d{8}|config\.toml|layer_ranking\.csv)(\..*)?\.(tmp|old)"
+)
 
 
 def remove_litter(path: Path) -> str:
@@ -414,7 +417,7 @@ def remove_litter(path: Path) -> str:
     lines = []
     for old in [p for p in found if p.suffix == ".old"]:
         result = path / old.name.split(".")[1]
-        if not result.exists():
+        if result.name in RESULTS and not result.exists():
             old.rename(result)
             found.remove(old)
             lines.append(f"gave {result} its name back: a killed run was about to replace it")

@@ -3,9 +3,16 @@
     python -m tools.fault_test --rounds 50
 
 Each round starts the demo with `torchrun` on several processes, kills one of them or all (`kill -9`) at random moments, about
-half of them while a checkpoint is being written, and starts it again until it is done. A killed process is restarted by
-torchrun itself (`--max-restarts`), a killed group by this program. The final weights and the loss of every step must be those
-of an undisturbed run. Prints a table; the exit code says whether all rounds were identical.
+half of them while a checkpoint is being written, and starts it again by the very same command until it is done. A killed
+process is restarted by torchrun itself (`--max-restarts`), a killed group by this program. Rounds take turns in how they begin:
+
+    auto        in an empty directory
+    none        the same, with --checkpoint.resume none
+    DIR         from a checkpoint of the undisturbed run (--checkpoint.resume DIR)
+    overwrite   where an unfinished run left its checkpoints (--checkpoint.overwrite true)
+
+In every other round another run is started in the same directory meanwhile, which must be refused. The final weights and the
+loss of every step must be those of an undisturbed run. Prints a table; the exit code says whether all rounds were identical.
 """
 
 from __future__ import annotations
@@ -16,6 +23,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +40,7 @@ from fsdp_train.settings import fail
 from llama import InputError
 
 EVERY = 4  # steps between checkpoints
+MODES = ("auto", "none", "DIR", "overwrite")
 Result = tuple[dict[str, torch.Tensor], list[tuple[int, float]]]  # trained tensors; (step, loss) of each step
 SECONDS = 300  # after which a start that does not end is a failure
 
@@ -41,8 +50,10 @@ class Round:
     """What was done to one run, and what came of it."""
 
     number: int
+    mode: str
     kills: list[str] = field(default_factory=list)
     resumed: list[int] = field(default_factory=list)
+    second: str = ""  # how another run in the same directory was answered
     identical: bool = False
 
 
@@ -68,37 +79,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_rounds(options: argparse.Namespace, directory: Path) -> list[Round]:
     """The undisturbed run, then all rounds, a line for each."""
     chance = random.Random(options.seed)
-    job = Job(options, directory / "undisturbed")
-    if job.start().wait(SECONDS):
-        raise RuntimeError(f"the undisturbed run failed:\n{job.output()}")
-    wanted = job.result()
-    print(f"{'round':>5}  {'identical':<9}  kills (resumed from step)", flush=True)
+    undisturbed = Job(options, directory / "undisturbed", ("--checkpoint.keep", 99))
+    if undisturbed.start().wait(SECONDS):
+        raise RuntimeError(f"the undisturbed run failed:\n{undisturbed.output()}")
+    wanted = undisturbed.result()
+    print(f"{'round':>5}  {'begins':<9}  {'identical':<9}  kills (resumed from step), second run", flush=True)
     rounds = []
     for number in range(1, options.rounds + 1):
-        job, done = Job(options, directory / str(number)), Round(number)
+        done = Round(number, MODES[(number - 1) % len(MODES)])
+        job = prepared(options, directory, done, undisturbed)
         try:
             disturb(job, done, chance, chance.randint(1, options.kills))
-            done.identical = _same(job.result(), wanted)
+            done.identical = _same(job.result(), wanted, EVERY if done.mode == "DIR" else 0)
         finally:
             job.kill()
         done.resumed = [int(step) for step in re.findall(r"resumed from \S+: (\d+) steps", job.output())]
+        resumed = ", ".join(map(str, done.resumed)) or "none"
         answer = "yes" if done.identical else "NO"
-        print(f"{number:>5}  {answer:<9}  {'; '.join(done.kills)} ({', '.join(map(str, done.resumed)) or 'none'})", flush=True)
+        print(f"{number:>5}  {done.mode:<9}  {answer:<9}  {'; '.join(done.kills)} ({resumed}){done.second}", flush=True)
         rounds.append(done)
     return rounds
+
+
+def prepared(options: argparse.Namespace, directory: Path, done: Round, undisturbed: Job) -> Job:
+    """The round's job, and what its directory holds at the beginning."""
+    checkpoint = undisturbed.out / "checkpoints" / f"step_{EVERY:08d}"
+    flags: dict[str, tuple[object, ...]] = {
+        "auto": (),
+        "none": ("--checkpoint.resume", "none"),
+        "DIR": ("--checkpoint.resume", checkpoint),
+        "overwrite": ("--checkpoint.overwrite", "true"),
+    }
+    job = Job(options, directory / str(done.number), flags[done.mode])
+    if done.mode == "overwrite":
+        shutil.copytree(undisturbed.out / "checkpoints", job.out / "checkpoints")
+    return job
 
 
 class Job:
     """One run of the program, started as often as it takes."""
 
-    def __init__(self, options: argparse.Namespace, directory: Path) -> None:
+    def __init__(self, options: argparse.Namespace, directory: Path, more: Sequence[object]) -> None:
         directory.mkdir()
         self.out, self._log = directory / "out", directory / "log.txt"
         self._command = [
             *(sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={options.processes}", "--standalone"),
             *("--max-restarts", "3", "--monitor-interval", "0.1", "-m", "fsdp_train.main", "--train.output_dir", self.out),
             *("--train.max_steps", options.steps, "--train.batch_size", 8, "--train.exact_match", 0, "--train.samples", 0),
-            *("--checkpoint.every", EVERY, "--log.every", 1, "--optim.warmup_steps", 2, *options.flags),
+            *("--checkpoint.every", EVERY, "--log.every", 1, "--optim.warmup_steps", 2, *more, *options.flags),
         ]
         self.steps = options.steps
         self._process: subprocess.Popen[bytes] | None = None
@@ -107,6 +135,12 @@ class Job:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(list(map(str, self._command)), stdout=log, stderr=log)
         return self._process
+
+    def start_another(self) -> subprocess.Popen[str]:
+        """A run of other settings in the same directory, once there is a checkpoint in it."""
+        command = [sys.executable, "-m", "fsdp_train.main", "--train.output_dir", str(self.out), "--train.seed", "1"]
+        command += ["--checkpoint.resume", "none"]
+        return subprocess.Popen(command, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     def kill(self) -> None:
         """Everything at once: torchrun, and the processes that it started in sessions of their own."""
@@ -134,6 +168,9 @@ class Job:
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         return max((int(found[1]) for line in lines if (found := re.search(r'"step": (\d+)', line))), default=0)
 
+    def has_checkpoint(self) -> bool:
+        return any((self.out / "checkpoints").glob("step_*"))
+
     def is_writing(self) -> bool:
         return any((self.out / "checkpoints").glob(".step_*.tmp"))
 
@@ -151,6 +188,7 @@ def disturb(job: Job, done: Round, chance: random.Random, kills: int) -> None:
         RuntimeError: it ends with an error that nobody caused, or not at all.
     """
     process, starts = job.start(), 1
+    another = None
     for _ in range(kills):
         while_writing, one, at = chance.random() < 0.5, chance.random() < 0.5, chance.randint(1, job.steps - 1)
         deadline = time.monotonic() + SECONDS
@@ -159,6 +197,8 @@ def disturb(job: Job, done: Round, chance: random.Random, kills: int) -> None:
         ):
             if time.monotonic() > deadline:
                 raise RuntimeError(f"round {done.number} hangs:\n{job.output()}")
+            if done.number % 2 == 0 and another is None and job.step() > EVERY and job.has_checkpoint():
+                another = job.start_another()
             time.sleep(0.002)
         if process.poll() is not None:
             break  # it was faster
@@ -175,11 +215,18 @@ def disturb(job: Job, done: Round, chance: random.Random, kills: int) -> None:
         starts += 1
     if process.wait(SECONDS):
         raise RuntimeError(f"round {done.number} failed:\n{job.output()}")
+    if another is not None:
+        said = another.communicate(timeout=SECONDS)[1]
+        if another.returncode != 2 or said.count("\n") != 1:
+            raise RuntimeError(f"round {done.number}: another run in {job.out} was not refused:\n{said}")
+        done.second = ", refused: in use" if "is writing here" in said else ", refused: not its own"
 
 
-def _same(one: Result, other: Result) -> bool:
+def _same(one: Result, other: Result, begins: int) -> bool:
+    """Whether a run that began after step `begins` is the other one from there on."""
     (a, losses), (b, wanted) = one, other
-    return losses == wanted and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    same_losses = losses == [(step, loss) for step, loss in wanted if step > begins]
+    return same_losses and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 if __name__ == "__main__":

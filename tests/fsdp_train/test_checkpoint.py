@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import time
@@ -13,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fsdp_train import run
 from fsdp_train.checkpoint import Checkpoints, Progress
 from fsdp_train.checkpoint_files import checkpoints
+from fsdp_train.data import Dataset
 from fsdp_train.main import main
-from fsdp_train.optim import LossScaler
+from fsdp_train.optim import LossScaler, OptimConfig
 
 
 class Interrupted(BaseException):
@@ -65,17 +67,20 @@ def fp16_changes_its_scale_often() -> Iterator[None]:
         yield
 
 
+saving = Checkpoints.save
+
+
+def saving_and_dying(self: Checkpoints, progress: Progress, samples: int, loss: float | None = None) -> None:
+    """The process dies just after its first checkpoint."""
+    saving(self, progress, samples, loss)
+    self.finish()
+    raise Interrupted
+
+
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process dies just after the checkpoint of step 5."""
-    saved = Checkpoints.save
-
-    def save_and_die(self: Checkpoints, progress: Progress, samples: int, loss: float | None = None) -> None:
-        saved(self, progress, samples, loss)
-        self.finish()
-        raise Interrupted
-
-    monkeypatch.setattr(Checkpoints, "save", save_and_die)
+    monkeypatch.setattr(Checkpoints, "save", saving_and_dying)
 
 
 @pytest.mark.parametrize("method", EXTRA)
@@ -114,12 +119,15 @@ def finished(model_dir: Path, alpaca_file: Path, tmp_path_factory: pytest.TempPa
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (("--train.batch_size", 2), "batch"),
-        (("--finetune.lora.r", 4), "finetune"),
-        (("--optim.lr", 1e-3), "optim"),
-        (("--train.seed", 1), "order"),
-        (("--data.max_length", 20), "data"),
-        (("--parallel.precision", "bf16"), "precision"),
+        (("--train.batch_size", 2), "batch was 4, is 2"),
+        (("--finetune.lora.r", 4), "--finetune.lora.r was 8, is 4"),
+        (("--finetune.lora.lora_alpha", 32), "--finetune.lora.lora_alpha was 16, is 32"),
+        (("--optim.lr", 1e-3), "--optim.lr was 0.0002, is 0.001"),
+        (("--train.seed", 1), "--train.seed was 0, is 1"),
+        (("--data.shuffle", "false"), "--data.shuffle was true, is false"),
+        (("--data.max_length", 180), "the training data is another: --data.max_length was none, is 180"),
+        (("--parallel.precision", "bf16"), "--parallel.precision was fp32, is bf16"),
+        (("--model.dtype", "bf16"), "frozen weights were kept in fp32, are in bf16 (--model.dtype, or"),
         (("--train.max_steps", 9), "10 steps done, this run ends at 9"),
     ],
 )
@@ -325,3 +333,111 @@ def test_a_row_that_was_half_written_is_dropped(finished: Path, model_dir: Path,
         file.write('{"step": 13, "lo')
     main(flags(model_dir, alpaca_file, out, "--train.max_steps", 14))
     assert [row["step"] for row in rows(out)] == list(range(1, 15))
+
+
+# --- another batch, another precision -----------------------------------------------------------
+
+
+def seen_samples(patch: pytest.MonkeyPatch, seen: list[list[int]]) -> None:
+    """Note which samples each batch of training asks for (evaluation asks in order)."""
+    made = Dataset.batch
+
+    def batch(self: Dataset, indices: Any, device: Any) -> Any:
+        seen.append(list(indices))
+        return made(self, indices, device)
+
+    patch.setattr(Dataset, "batch", batch)
+
+
+@pytest.mark.parametrize(("before", "after", "left"), [(2, 5, 2), (5, 2, 5), (2, 10, 1)], ids=["larger", "smaller", "the rest"])
+def test_another_batch_goes_on_with_the_samples_that_are_left(
+    before: int, after: int, left: int, model_dir: Path, alpaca_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Killed in the middle of an epoch of 20 samples: 10 are consumed, and the rate is at its half."""
+    out, seen = tmp_path / "out", list[list[int]]()
+    done = 10 // before
+
+    def command(batch: int, *more: object) -> list[str]:
+        given = flags(model_dir, alpaca_file, out, *more)
+        place = given.index("--train.max_steps")
+        given[place : place + 2] = ["--train.epochs", "1"]
+        return [*given, "--train.batch_size", str(batch), "--checkpoint.every", str(done)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        seen_samples(patch, seen)
+        patch.setattr(Checkpoints, "save", saving_and_dying)
+        with pytest.raises(Interrupted):
+            main(command(before))
+    consumed = seen[:done]
+    seen.clear()
+    with pytest.raises(SystemExit):
+        main(command(after))
+    assert f"batch was {before}, is {after}" in capsys.readouterr().err
+    seen_samples(monkeypatch, seen)
+    main(command(after, "--checkpoint.accept_changes", "batch"))
+    said = capsys.readouterr().out
+    assert f"{done} steps done, 10 of 20 samples of epoch 1 consumed, {left} steps left" in said
+    assert len(seen) == left
+    assert sorted(i for batch in (*consumed, *seen) for i in batch) == list(range(20))
+    found = rows(out)
+    assert [row["step"] for row in found] == list(range(1, done + left + 1))
+    expected = OptimConfig().lr * 0.5 * (1 + math.cos(math.pi * 0.5))
+    assert found[done]["lr"] == pytest.approx(expected)
+
+
+def test_a_batch_that_does_not_fit_what_is_consumed_is_refused(
+    finished: Path, model_dir: Path, alpaca_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Step 10 of batches of 4 is the end of the second epoch of 20; step 5 of epochs of 19 is not one."""
+    out = tmp_path / "out"
+    main(flags(model_dir, alpaca_file, out, "--data.eval_fraction", 0.05, "--train.max_steps", 3, "--checkpoint.every", 3))
+    shutil.rmtree(out / "adapter")
+    capsys.readouterr()
+    changed = ("--data.eval_fraction", 0.05, "--checkpoint.accept_changes", "batch", "--train.batch_size", 8)
+    with pytest.raises(SystemExit) as stopped:
+        main(flags(model_dir, alpaca_file, out, *changed))
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert "12 samples of epoch 1 are consumed, which is no whole number of batches of 8" in message
+    assert "--train.batch_size 1, 2, 3, 4, 6, 12 fits" in message
+
+
+def test_another_precision_can_be_taken_on(
+    finished: Path, model_dir: Path, alpaca_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The frozen weights are then kept in another dtype, too: that is the same change, not another base."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    main(flags(model_dir, alpaca_file, out, "--parallel.precision", "bf16", "--checkpoint.accept_changes", "precision"))
+    said = capsys.readouterr().out
+    assert "accepted: --parallel.precision was fp32, is bf16" in said
+    assert "10 steps done" in said
+
+
+def test_another_base_is_refused_by_name(
+    finished: Path, model_dir: Path, alpaca_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    shutil.copytree(finished, out)
+    shutil.copytree(model_dir, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] += 1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit):
+        main(flags(other, alpaca_file, out, "--checkpoint.accept_changes", "data,optim,order,batch,precision"))
+    assert f"the frozen weights are others (--model.path was {model_dir}, is {other})" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(
+    finished: Path, model_dir: Path, alpaca_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says how many steps were done, but not of what size."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    path = out / "checkpoints" / "step_00000010" / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in state.items() if key != "format"}))
+    with pytest.raises(SystemExit):
+        main(flags(model_dir, alpaca_file, out))
+    assert "was written by another version of this program (format 1; this one reads 2)" in capsys.readouterr().err

@@ -404,7 +404,7 @@ def test_a_run_that_has_lost_its_lock_writes_no_more(
 
 def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     litter = [
-        *(".rehearsal.abc.tmp/part", ".adapter.x1.tmp/adapter_model.safetensors", ".model.y.tmp/big"),
+        *("..rehearsal.abc.tmp/part", ".rehearsal/part", ".adapter.x1.tmp/adapter_model.safetensors", ".model.y.tmp/big"),
         *("checkpoints/.step_00000004.tmp/shard", "checkpoints/.step_00000002.old.tmp/state.json"),
         *(".config.toml.tmp", ".layer_ranking.csv.tmp"),
     ]
@@ -413,7 +413,7 @@ def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path: Path) -> No
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x" * 5000)
     said = remove_litter(tmp_path)
-    assert "(0.04 MB)" in said  # seven files of 5,000 bytes
+    assert "(0.04 MB)" in said  # eight files of 5,000 bytes
     left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     assert left == set(kept)
     assert remove_litter(tmp_path) == ""

@@ -15,15 +15,19 @@ def test_one_round_ends_bit_identical(capsys: pytest.CaptureFixture[str]) -> Non
     said = capsys.readouterr().out
     assert stopped.value.code == 0, said
     assert "1 of 1 rounds bit-identical" in said
-    assert "  yes        rank " in said
+    assert "  auto       yes        rank " in said
 
 
 def test_a_bit_or_a_loss_is_a_difference() -> None:
     result = {"a": torch.ones(3)}, [(1, 0.5), (2, 0.25)]
-    assert fault_test._same(result, ({"a": torch.ones(3)}, [(1, 0.5), (2, 0.25)]))
-    assert not fault_test._same(result, ({"a": torch.tensor([1, 1, 1 + 2**-23])}, [(1, 0.5), (2, 0.25)]))
-    assert not fault_test._same(result, ({"a": torch.ones(3)}, [(1, 0.5)]))
-    assert not fault_test._same(result, ({}, [(1, 0.5), (2, 0.25)]))
+    whole = [(1, 0.5), (2, 0.25)]
+    assert fault_test._same(result, ({"a": torch.ones(3)}, whole), 0)
+    assert not fault_test._same(result, ({"a": torch.tensor([1, 1, 1 + 2**-23])}, whole), 0)
+    assert not fault_test._same(result, ({"a": torch.ones(3)}, [(1, 0.5)]), 0)
+    assert not fault_test._same(result, ({}, whole), 0)
+    late = {"a": torch.ones(3)}, [(2, 0.25)]  # it began after step 1
+    assert fault_test._same(late, result, 1)
+    assert not fault_test._same(late, result, 0)
 
 
 @pytest.mark.parametrize("flags", [["--rounds", "0"], ["--steps", "4"], ["--processes", "0"]])
