@@ -15,11 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fsdp_train.from_adapter import ADAPTER_CONFIGS, continued
 from fsdp_train.heads import HeadConfig, new_parameters
 from fsdp_train.optim import OptimConfig, Optimizer, build_optimizer
 from fsdp_train.parallel import Fill, nothing_to_fill, place_model
 from fsdp_train.partial import PartialConfig
-from fsdp_train.settings import option
+from fsdp_train.settings import beside_settings, option
 from fsdp_train.strategy import ParallelConfig
 from fsdp_train.world import World
 from llama import PRESETS, Llama, LlamaConfig, Tokenizer, replace_head
@@ -37,9 +38,8 @@ from peft_impl import (
 )
 from peft_impl.adapters import materialise_adapter
 from peft_impl.freeze import layer_of
-from peft_impl.peft_files import read_adapter
 
-ADAPTER_METHODS = ("lora", "llama_adapter", "prefix")
+ADAPTER_METHODS = tuple(ADAPTER_CONFIGS)
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,27 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """What trains."""
+    """What trains.
+
+    Attributes:
+        settled: method and section are those of the adapter in `from_adapter`: see `continued`.
+    """
 
     method: Literal["lora", "llama_adapter", "prefix", "full", "partial", "head"] = option(
         "lora", "an adapter on the frozen base (lora, llama_adapter, prefix), all weights (full), some (partial), or the head"
     )
-    from_adapter: str = option("", "continue from this PEFT adapter directory, with its own settings", "DIR")
+    from_adapter: str = option(
+        "",
+        "continue from this PEFT adapter directory: method and settings are the adapter's, and a given"
+        " one must be the same (but a given lora_dropout holds in training)",
+        "DIR",
+    )
     lora: LoraConfig = field(default_factory=LoraConfig)
     llama_adapter: LlamaAdapterConfig = field(default_factory=LlamaAdapterConfig)
     prefix: PrefixTuningConfig = field(default_factory=PrefixTuningConfig)
     partial: PartialConfig = field(default_factory=PartialConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    settled: bool = beside_settings(False)
 
     def __post_init__(self) -> None:
         adapter = self.method in ADAPTER_METHODS
@@ -78,32 +88,28 @@ class FinetuneConfig:
             raise InputError(
                 f"--finetune.from_adapter goes with --finetune.method {' or '.join(ADAPTER_METHODS)}, not {self.method}"
             )
-        for section in (*ADAPTER_METHODS, "partial"):
-            settings = getattr(self, section)
-            if settings == type(settings)():
-                continue
-            if section != self.method:
-                raise InputError(f"--finetune.{section} is set, but --finetune.method is {self.method}, which does not use it")
-            if self.from_adapter:
-                raise InputError(f"--finetune.{section} is set, but --finetune.from_adapter brings its own settings")
         if self.method == "partial" and not (self.partial.train or self.partial.select):
             raise InputError(
                 "--finetune.method partial: say what trains, --finetune.partial.train last:2 (or norms, layers.*.q_proj, ...)"
                 " or --finetune.partial.select gradient_norm:2"
             )
-        if self.head.hidden and adapter:
-            raise InputError(f"--finetune.head.hidden: a PEFT adapter ({self.method}) has no place for extra layers")
         if self.head.kind == "classification" and self.method in ("llama_adapter", "prefix"):
             raise InputError(
                 f"--finetune.head.kind classification goes with lora, full, partial and head, not with {self.method}"
             )
-        if self.head.feature_cache != "auto" and not self.caches_features:
-            raise InputError("--finetune.head.feature_cache goes with --finetune.method head and a classification head")
 
     @property
     def caches_features(self) -> bool:
         """Whether the backbone is frozen and seen through one vector per text, which is then computed once."""
         return self.method == "head" and self.head.kind == "classification"
+
+
+def tokenizer_path(config: ModelConfig) -> str:
+    """The tokenizer that the settings name, or the model directory if it has one; or nothing."""
+    if config.tokenizer:
+        return config.tokenizer
+    has_one = config.path and (Path(config.path) / "tokenizer.model").exists()
+    return config.path if has_one else ""
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer | None:
@@ -112,10 +118,8 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer | None:
     Raises:
         InputError: a named one that cannot be read.
     """
-    if config.tokenizer:
-        return Tokenizer(config.tokenizer)
-    has_one = config.path and (Path(config.path) / "tokenizer.model").exists()
-    return Tokenizer(config.path) if has_one else None
+    path = tokenizer_path(config)
+    return Tokenizer(path) if path else None
 
 
 def check_tokenizer(tokenizer: Tokenizer | None, vocab_size: int) -> str:
@@ -186,6 +190,7 @@ def build_model(
         InputError: anything wrong with the files or the adapter's settings.
     """
     frozen = frozen_dtype(model_config, dtype)
+    finetune = continued(finetune)
     if weights is None:
         torch.manual_seed(seed)  # the same weights on every process
         model = Llama(PRESETS[model_config.preset])
@@ -200,7 +205,8 @@ def build_model(
     if weights is not None and _starts_from_values(finetune):
         filler(model, weights)(model)
     if finetune.from_adapter:
-        load_adapter(model, finetune.from_adapter, trainable=True)
+        config = getattr(finetune, finetune.method)
+        load_adapter(model, finetune.from_adapter, trainable=True, config=config)
     elif finetune.method in ADAPTER_METHODS:
         add_adapter(model, adapter_config(finetune), seed=seed)
         materialise_adapter(model)
@@ -209,8 +215,7 @@ def build_model(
 
 def _starts_from_values(finetune: FinetuneConfig) -> bool:
     """Whether the adapter needs the base's values before it is spread: DoRA's magnitudes are its rows' norms."""
-    config = read_adapter(finetune.from_adapter)[0] if finetune.from_adapter else getattr(finetune, finetune.method, None)
-    return getattr(config, "use_dora", False)
+    return getattr(getattr(finetune, finetune.method, None), "use_dora", False)
 
 
 def frozen_dtype(config: ModelConfig, dtype: torch.dtype) -> torch.dtype:

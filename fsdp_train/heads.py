@@ -31,8 +31,6 @@ class HeadConfig:
             raise InputError(f"hidden {','.join(map(str, self.hidden))}: expected positive widths")
         if self.num_labels is not None and self.num_labels < 1:
             raise InputError(f"num_labels {self.num_labels}: expected at least 1")
-        if self.num_labels is not None and self.kind != "classification":
-            raise InputError("num_labels goes with --finetune.head.kind classification")
 
 
 def known_labels(base: LlamaConfig, head: HeadConfig) -> LabelSpace | None:

@@ -77,6 +77,7 @@ def fine_tune(config: RunConfig) -> None:
 def complete(run: Run) -> None:
     """The steps of a run, in order."""
     started = time.perf_counter()
+    run.check_settings()
     run.prepare()
     run.wrap()
     before = run.measure("before")

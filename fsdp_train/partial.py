@@ -48,8 +48,6 @@ class PartialConfig:
                 raise InputError(f"{name} {getattr(self, name)}: expected at least {least}")
         if self.select:
             self.criterion()
-        elif self.probe_batches != PartialConfig.probe_batches:
-            raise InputError("probe_batches goes with select")
 
     def criterion(self) -> tuple[str, int]:
         """The name and K of `select`.

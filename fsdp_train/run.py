@@ -19,7 +19,9 @@ from fsdp_train.checkpoint import Checkpoints, Progress, room_for
 from fsdp_train.checkpoint_files import checkpoints, state_of
 from fsdp_train.classification import ClassificationDataset
 from fsdp_train.config import RunConfig
+from fsdp_train.effects import notes
 from fsdp_train.features import HeadOnly, backbone_digest, cache_directory, file_of, with_features
+from fsdp_train.from_adapter import training_notes
 from fsdp_train.identity import identity_of
 from fsdp_train.inputs import read_inputs
 from fsdp_train.log import Metrics, peak_memory, say, write_whole
@@ -29,6 +31,7 @@ from fsdp_train.order import Position
 from fsdp_train.output import next_commands
 from fsdp_train.parallel import Fill, frozen_checksum, held_bytes, place_model
 from fsdp_train.partial import PartialConfig, RankedLayer, Unfreezing, rank_layers, save_ranking, show_ranking
+from fsdp_train.record import Facts, config_toml
 from fsdp_train.run_directory import (
     CHECKPOINTS,
     PATIENCE,
@@ -40,7 +43,7 @@ from fsdp_train.run_directory import (
     remove_litter,
     set_aside,
 )
-from fsdp_train.settings import as_text, values_of, write_toml
+from fsdp_train.settings import as_text, values_of
 from fsdp_train.signals import Signals, Stopped
 from fsdp_train.step import NonFiniteError
 from fsdp_train.strategy import DTYPES, SHARDED, chosen_strategy, precision_of, replicas_and_shards
@@ -61,6 +64,7 @@ class Run:
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
+        self.asked = config  # before anything is chosen: what config.toml says
         self.is_adapter = config.finetune.method in ADAPTER_METHODS
         self.precision = precision_of(config.parallel, world.device)
         self.dtype = self.precision.param
@@ -73,6 +77,14 @@ class Run:
             say(text)
 
     # --- before the first step ------------------------------------------------------------------------------------------
+
+    def check_settings(self) -> None:
+        """Refuse what cannot be on so many processes, and tell which settings have no effect."""
+        config, processes = self.config, self.world.size
+        with self.world.together():
+            config.check_strategy(processes)
+            for line in (*notes(config, processes), *training_notes(config.finetune)):
+                self.tell(line)
 
     def prepare(self) -> None:
         """Check and read everything. An error on any process becomes the same error on all, before anything is written."""
@@ -243,8 +255,9 @@ class Run:
                 self._set_aside_what_is_not_used()
             self.metrics = Metrics(self.output / "metrics.jsonl", self.world.rank == 0, self.first_step)
             if self.world.rank == 0:
-                text = write_toml(self.config, "torchrun -m fsdp_train.main --config config.toml")
-                write_whole(self.output / "config.toml", text)
+                chosen = self.dtype, self.output, self.first_step, self.ranking
+                facts = Facts(self.inputs, self.world, *chosen)
+                write_whole(self.output / "config.toml", config_toml(self.asked, facts))
                 if self.ranking:
                     save_ranking(self.ranking, self.output)
         with self._writing():

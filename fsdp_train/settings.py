@@ -1,7 +1,7 @@
 """Settings from dataclasses: one declaration becomes a flag `--section.field`, a TOML key, a default and a line of help.
 
 A section is a frozen dataclass whose fields carry `metadata={"help": ...}`; sections nest. Precedence: flags, then the file
-given by `--config`, then defaults. A name that no dataclass declares is an error.
+given by `--config`, then defaults. A name that no dataclass declares is an error. What `beside_settings` makes is no setting.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
@@ -27,6 +27,16 @@ T = TypeVar("T")
 def option(default: Any, help: str, metavar: str = "") -> Any:
     """A dataclass field with its line of help; units belong into the line. `metavar`: what stands for its value there."""
     return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar})
+
+
+def beside_settings(default: Any) -> Any:
+    """A dataclass field that no flag and no file sets, and that makes no two configurations differ."""
+    return dataclasses.field(default=default, compare=False, metadata={"setting": False})
+
+
+def _fields(section: Any) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass, or of an instance of one, that are settings or sections."""
+    return [field for field in dataclasses.fields(section) if field.metadata.get("setting", True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +53,7 @@ class Setting:
 def settings_of(section: type, prefix: str = "") -> Iterator[Setting]:
     """All settings below a dataclass, in order of declaration."""
     kinds = typing.get_type_hints(section)
-    for field in dataclasses.fields(section):
+    for field in _fields(section):
         kind, name = kinds[field.name], prefix + field.name
         if dataclasses.is_dataclass(kind):
             assert isinstance(kind, type)
@@ -61,7 +71,7 @@ def build(section: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     """
     kinds = typing.get_type_hints(section)
     arguments = {}
-    for field in dataclasses.fields(section):  # type: ignore[arg-type]
+    for field in _fields(section):
         name = prefix + field.name
         if dataclasses.is_dataclass(kinds[field.name]):
             arguments[field.name] = build(kinds[field.name], values, name + ".")
@@ -76,13 +86,20 @@ def build(section: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
 def values_of(section: Any, prefix: str = "") -> dict[str, Any]:
     """The inverse of `build`: every setting by its dotted name."""
     values = {}
-    for field in dataclasses.fields(section):
+    for field in _fields(section):
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):
             values.update(values_of(value, f"{prefix}{field.name}."))
         else:
             values[prefix + field.name] = value
     return values
+
+
+def changed(section: Any, prefix: str = "") -> dict[str, Any]:
+    """The settings of an instance that say something else than their defaults, by dotted name."""
+    defaults = {setting.name: setting.default for setting in settings_of(type(section), prefix)}
+    values = values_of(section, prefix)
+    return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 # --- one value: from text (flags), from TOML, to text -------------------------------------------------------------------
@@ -272,16 +289,33 @@ def read_toml(section: type, path: Path) -> dict[str, Any]:
     return values
 
 
-def write_toml(config: Any, comment: str) -> str:
-    """All settings of a configuration as TOML that `read_toml` reads back to the same values."""
+def write_toml(
+    config: Any,
+    comment: str,
+    leave_out: Collection[str] = (),
+    remarks: Mapping[str, str] | None = None,
+) -> str:
+    """The settings of a configuration as TOML that `read_toml` reads back to the same values.
+
+    Args:
+        comment: stands at the top.
+        leave_out: names of settings that are not written; one with a remark is, as a comment.
+        remarks: by name, what stands in a comment beside a setting.
+    """
+    remarks = remarks or {}
     lines = [f"# {line}" for line in comment.splitlines()]
     section = None
     for name, value in values_of(config).items():
+        if name in leave_out and name not in remarks:
+            continue
         title, _, key = name.rpartition(".")
         if title != section:
             section = title
             lines += ["", f"[{title}]"]
-        lines.append(f"{key} = {_toml_value(value)}")
+        line = f"{key} = {_toml_value(value)}"
+        if name in remarks:
+            line += f"  # {_printable(remarks[name])}"
+        lines.append(f"# {line}" if name in leave_out else line)
     return "\n".join(lines) + "\n"
 
 
@@ -296,8 +330,13 @@ def _toml_value(value: Any) -> str:
         return "{" + ", ".join(f"{_toml_value(str(key))} = {_toml_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
+        return f'"{_printable(escaped)}"'
     return repr(value)
+
+
+def _printable(text: str) -> str:
+    """The text in one line, with TOML's escapes for what cannot be printed."""
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
 
 def fail(error: BaseException | str, code: int = 2) -> NoReturn:

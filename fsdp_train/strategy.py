@@ -10,7 +10,6 @@ hsdp       one per `replicas`            FullyShardedDataParallel within a repli
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +20,7 @@ from llama.errors import InputError
 
 SHARDED = ("fsdp", "fsdp2", "hsdp")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_GOES_WITH = {  # options that only some strategies have
+GOES_WITH = {  # options that only some strategies have
     "sharding": SHARDED,
     "replicas": ("hsdp", "fsdp2"),
     "reduce_dtype": SHARDED,
@@ -91,25 +90,54 @@ class ParallelConfig:
                 raise InputError(f"--parallel.{name} {getattr(self, name)}: expected at least 1, or 0 for the default")
         if self.compile and self.activation_checkpointing == "offload":
             raise InputError("--parallel.compile true: compiled layers keep what they store; leave out one of it and offload")
-        if self.strategy == "auto":
-            return
-        for name, strategies in _GOES_WITH.items():
+        if self.strategy != "auto":
+            self.check_options(self.strategy, self.strategy)
+
+    def check_options(self, strategy: str, called: str) -> None:
+        """Whether the options can work with a strategy.
+
+        Args:
+            strategy: any but "auto".
+            called: what to call it in an error.
+
+        Raises:
+            InputError: an option that this strategy does not have.
+        """
+        for name, strategies in GOES_WITH.items():
             value = getattr(self, name)
-            if value != getattr(ParallelConfig, name) and self.strategy not in strategies:
+            if value != getattr(ParallelConfig, name) and strategy not in strategies:
                 why = f" ({_OTHERWISE[name]})" if name in _OTHERWISE else ""
                 raise InputError(
-                    f"--parallel.{name} {str(value).lower()} goes with --parallel.strategy {' or '.join(strategies)},"
-                    f" not with {self.strategy}{why}"
+                    f"--parallel.{name} {str(value).lower()} goes with"
+                    f" --parallel.strategy {' or '.join(strategies)}, not with {called}{why}"
                 )
-        if self.sharding == "no_shard" and self.strategy != "fsdp":
-            raise InputError(
-                f"--parallel.sharding no_shard: {self.strategy} has no such form; --parallel.strategy ddp is the same"
-            )
+        if self.sharding == "no_shard" and strategy != "fsdp":
+            raise InputError(f"--parallel.sharding no_shard: {called} has no such form; --parallel.strategy ddp is the same")
         for name in ("reshard_to", "keep_last_layer"):
             if getattr(self, name) and self.sharding != "full_shard":
                 raise InputError(f"--parallel.{name}: with --parallel.sharding {self.sharding} nothing is spread after forward")
         if self.optimizer_in_backward and self.precision == "fp16":
             raise InputError("--parallel.optimizer_in_backward: fp16 must see all gradients before any of them is used")
+
+
+def meant_strategy(config: ParallelConfig, processes: int) -> str:
+    """What the setting means for this number of processes: "auto" becomes one of the others."""
+    if config.strategy != "auto":
+        return config.strategy
+    if processes == 1:
+        return "none"
+    return "fsdp2" if config.compile else "fsdp"
+
+
+def called(config: ParallelConfig, processes: int) -> str:
+    """The strategy for people to read: "auto" with what it has become, and why."""
+    if config.strategy != "auto":
+        return config.strategy
+    strategy = meant_strategy(config, processes)
+    if processes == 1:
+        return f"auto, which is {strategy} for one process"
+    compiled = " with --parallel.compile true" if config.compile else ""
+    return f"auto, which is {strategy} for {processes} processes{compiled}"
 
 
 def chosen_strategy(config: ParallelConfig, processes: int) -> str:
@@ -118,15 +146,14 @@ def chosen_strategy(config: ParallelConfig, processes: int) -> str:
     Raises:
         InputError: the strategy cannot work with this number of processes, or an option with what "auto" means.
     """
-    if config.strategy == "auto":
-        several: Literal["fsdp", "fsdp2"] = "fsdp2" if config.compile else "fsdp"
-        config = dataclasses.replace(config, strategy="none" if processes == 1 else several)
-    if config.strategy == "none" and processes > 1:
+    strategy = meant_strategy(config, processes)
+    config.check_options(strategy, called(config, processes))
+    if strategy == "none" and processes > 1:
         raise InputError(
             f"--parallel.strategy none with {processes} processes would train {processes} models apart; use ddp or fsdp,"
             " or start one process"
         )
-    return config.strategy
+    return strategy
 
 
 def replicas_and_shards(config: ParallelConfig, processes: int, per_host: int) -> tuple[int, int]:

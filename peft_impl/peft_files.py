@@ -81,11 +81,11 @@ def save_adapter(
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def read_adapter(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
-    """The configuration and the tensors (by PEFT's keys) of an adapter directory.
+def read_adapter_config(path: str | os.PathLike[str]) -> Any:
+    """The configuration of the adapter in a directory, of which no tensor is read.
 
     Raises:
-        InputError: missing or damaged files, a method or a setting that is not implemented.
+        InputError: no such file, a damaged one, a method or a setting that is not implemented.
     """
     path = Path(path)
     if not path.is_dir():
@@ -95,7 +95,17 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
     kind = found.get("peft_type")
     if not isinstance(kind, str) or kind not in METHODS:
         raise InputError(f"{where}: peft_type is {kind!r}; expected {listing(METHODS)}")
-    config = METHODS[kind].from_peft(found, where)
+    return METHODS[kind].from_peft(found, where)
+
+
+def read_adapter(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
+    """The configuration and the tensors (by PEFT's keys) of an adapter directory.
+
+    Raises:
+        InputError: missing or damaged files, a method or a setting that is not implemented.
+    """
+    path = Path(path)
+    config = read_adapter_config(path)
     if (path / WEIGHTS_FILE).exists():
         try:
             return config, load_file(path / WEIGHTS_FILE)
@@ -106,14 +116,24 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
     raise InputError(f"{path} has neither {WEIGHTS_FILE} nor {LEGACY_FILE}")
 
 
-def load_adapter(model: Llama, path: str | os.PathLike[str], name: str = "default", trainable: bool = False) -> None:
+def load_adapter(
+    model: Llama,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    trainable: bool = False,
+    config: Any = None,
+) -> None:
     """Add the adapter in `path` to the model, active; frozen unless `trainable`.
+
+    Args:
+        config: in the place of the one in the file, where the two differ in how it is to be trained (lora_dropout).
 
     Raises:
         InputError: anything missing, unexpected, wrongly shaped, not finite or not implemented, naming the keys. The model
             is then as it was.
     """
-    config, tensors = read_adapter(path)
+    stored, tensors = read_adapter(path)
+    config = stored if config is None else config
     if read_json(Path(path) / CONFIG_FILE).get("task_type") == CLASSIFIER and not model.config.id2label:
         raise InputError(f"{path} is a classifier's adapter; give the base a head for its labels first (match_head)")
     method_of(config).fits(model, read_json(Path(path) / CONFIG_FILE), str(Path(path) / CONFIG_FILE))

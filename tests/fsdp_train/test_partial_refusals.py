@@ -41,14 +41,14 @@ REFUSED = [
     *(
         (
             [f"--finetune.method={method}", flag],
-            f"--finetune.partial is set, but --finetune.method is {method}, which does not use it",
+            f"{flag.replace('=', ' ')} has no effect: --finetune.method is {method}, which does not use it",
         )
         for method in ("lora", "llama_adapter", "prefix", "full", "head")
         for flag in (f"{TRAIN}norms", f"{SELECT}gradient_norm:1", "--finetune.partial.unfreeze_every=2")
     ),
     (
         [METHOD, f"{TRAIN}norms", "--finetune.lora.r=2"],
-        "--finetune.lora is set, but --finetune.method is partial, which does not use it",
+        "--finetune.lora.r 2 has no effect: --finetune.method is partial, which does not use it",
     ),
     ([METHOD, f"{TRAIN}norms", "--finetune.from_adapter=x"], "--finetune.from_adapter goes with --finetune.method lora or"),
     ([METHOD, f"{TRAIN}*", "--model.path=", "--model.preset=demo"], "which only --finetune.method full can train"),

@@ -251,11 +251,7 @@ FLAGS: list[tuple[list[str], str]] = [
     (["--train.eval_every=5"], "--train.eval_every needs held-out data: --data.eval_path or --data.eval_fraction"),
     (
         ["--finetune.method=full", "--finetune.lora.r=4"],
-        "--finetune.lora is set, but --finetune.method is full, which does not use it",
-    ),
-    (
-        ["--finetune.from_adapter=x", "--finetune.lora.r=4"],
-        "--finetune.lora is set, but --finetune.from_adapter brings its own settings",
+        "--finetune.lora.r 4 has no effect: --finetune.method is full, which does not use it",
     ),
     (["--finetune.method=llama_adapter"], "adapter_layers = 30; the model has 3 layers"),
     (["--finetune.method=prefix", "--finetune.prefix.init_std=0"], "--finetune.prefix: init_std = 0.0; expected a positive"),

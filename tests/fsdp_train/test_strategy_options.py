@@ -62,7 +62,7 @@ def test_options_that_cannot_work_are_refused(settings: dict[str, Any], message:
     ("settings", "processes", "per_host", "message"),
     [
         ({"strategy": "none"}, 2, 2, "none with 2 processes would train 2 models apart"),
-        ({"no_sync": True}, 1, 1, "no_sync true goes with .* not with none"),
+        ({"no_sync": True}, 1, 1, "no_sync true goes with .* not with auto, which is none for one process"),
         ({"strategy": "fsdp2", "replicas": 3}, 4, 4, "replicas 3 does not divide 4 processes"),
         ({"strategy": "hsdp", "replicas": 4}, 4, 4, "one to a replica is --parallel.strategy ddp"),
         ({"strategy": "hsdp"}, 4, 4, "all 4 processes are on one host, which makes one replica"),
@@ -109,7 +109,7 @@ def test_precision_is_one_description() -> None:
     ("flags", "message"),
     [
         (["--parallel.optimizer_in_backward", "true"], "needs --finetune.method full, not lora and --optim.grad_clip 0"),
-        (["--parallel.no_sync", "true"], "no_sync changes nothing with --train.grad_accum 1"),
+        (["--parallel.no_sync", "true"], "no_sync true has no effect: --train.grad_accum is 1"),
         (["--parallel.strategy", "ddp", *UNFREEZING], "not with ddp, which settles once"),
         (["--parallel.strategy", "fsdp3"], "fsdp3"),
     ],
