@@ -128,6 +128,6 @@ def _over(file: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
     merged = {**file, **flags}
     for one, other in (("train.max_steps", "train.epochs"), ("data.eval_path", "data.eval_fraction")):
         for new, replaced in ((one, other), (other, one)):
-            if new in flags and replaced not in flags:
+            if flags.get(new) and replaced not in flags:
                 merged.pop(replaced, None)
     return merged

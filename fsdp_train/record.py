@@ -16,7 +16,7 @@ from fsdp_train.build import frozen_dtype
 from fsdp_train.config import RunConfig
 from fsdp_train.effects import without_effect
 from fsdp_train.features import cache_directory
-from fsdp_train.from_adapter import continued
+from fsdp_train.from_adapter import DROPOUT, continued, training_notes
 from fsdp_train.inputs import Inputs
 from fsdp_train.partial import RankedLayer
 from fsdp_train.settings import values_of, write_toml
@@ -63,6 +63,8 @@ def config_toml(config: RunConfig, facts: Facts) -> str:
         section = f"finetune.{config.finetune.method}."
         own = {name for name in values_of(config) if name.startswith(section)}
         own -= without | config.given_settings()
+        if training_notes(config.finetune):
+            own.discard(DROPOUT)
         without |= own
         remarks.update(dict.fromkeys((*own, "finetune.method"), "the adapter's"))
     return write_toml(config, HEADER, without, remarks)

@@ -95,3 +95,12 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     worst = max((found[name] - expected[name]).abs().max().item() for name in expected)
     assert worst < GRADIENT
     assert all(gradient.any() for gradient in expected.values())
+
+
+def toml_line(name: str, value: object) -> str:
+    """A setting as a line of TOML, from Python's own spelling of the value."""
+    if value is None:
+        return f'{name} = "none"'
+    if isinstance(value, bool):
+        return f"{name} = {str(value).lower()}"
+    return f"{name} = {list(value) if isinstance(value, tuple) else value!r}"
