@@ -75,7 +75,9 @@ def test_lora_leaves_a_peft_adapter(
     assert all(torch.equal(base[name], tensor) for name, tensor in load_file(model_dir / "model.safetensors").items())
 
 
-def test_config_toml_runs_again_to_the_same_bits(model_dir: Path, alpaca_file: Path, tmp_path: Path) -> None:
+def test_config_toml_runs_again_to_the_same_bits(
+    model_dir: Path, alpaca_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     common = ["--model.path", str(model_dir), "--data.path", str(alpaca_file), "--train.max_steps", "4", "--optim.lr", "3e-3"]
     main(
         [
@@ -86,9 +88,15 @@ def test_config_toml_runs_again_to_the_same_bits(model_dir: Path, alpaca_file: P
             "q_proj=2",
             "--train.samples",
             "0",
+            "--log.every",
+            "1",
         ]
     )
+    capsys.readouterr()
     main(["--config", str(tmp_path / "first" / "config.toml"), "--train.output_dir", str(tmp_path / "second")])
+    assert "note:" not in capsys.readouterr().out
+    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("first", "second")]
+    assert losses[0] == losses[1]
     first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("first", "second"))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
