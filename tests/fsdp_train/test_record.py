@@ -47,11 +47,11 @@ def world(processes: int) -> World:
     return World(0, processes, 0, processes, torch.device("cpu"))
 
 
-def written(config: RunConfig, processes: int, first_step: int = 0) -> str:
+def written(config: RunConfig, processes: int, first_step: int = 0, output: str = "runs/lora-007") -> str:
     """What a run with these settings would write."""
     inputs = read_inputs(config, world(processes), lambda line: None)
     ranking = [RankedLayer(i, 1.0, 1.0, i == 1) for i in range(3)]
-    facts = Facts(inputs, world(processes), torch.float32, Path("runs/lora-007"), first_step, ranking)
+    facts = Facts(inputs, world(processes), torch.float32, Path(output), first_step, ranking)
     return config_toml(config, facts)
 
 
@@ -114,6 +114,7 @@ def test_it_says_what_was_chosen(files: dict[bool, list[str]], model_dir: Path, 
     classifier = written(parse_config([*files[True], *METHODS["classifier"]]), 1).splitlines()
     assert 'num_labels = "none"  # 2' in classifier
     assert 'encoder_hidden_size = "none"  # 32' in written(parse_config([*files[False], *METHODS["projected"]]), 1)
+    assert '# output_dir = ""  # a\\U0000000ab was chosen\n' in written(parse_config(files[False]), 1, output="a\nb")
     strange = parse_config([*files[False], "--train.output_dir", "a\nb = 3  # c\\"])
     assert tomllib.loads(written(strange, 1))["train"]["output_dir"] == "a\nb = 3  # c\\"
 
