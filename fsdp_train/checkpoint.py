@@ -283,6 +283,8 @@ class Checkpoints:
             return Resumed(path, Progress(state["step"], position), state["samples_per_epoch"], damaged)
         if damaged:
             raise InputError(f"{damage}; no checkpoint before it is whole. --checkpoint.overwrite true starts over")
+        if self.config.accept_changes:
+            self.tell("note: --checkpoint.accept_changes has no effect: there is no checkpoint to go on from")
         return None
 
     def _first(self, text: str) -> str:
@@ -301,6 +303,9 @@ class Checkpoints:
             )
         for change in found:
             self.tell(f"accepted: {change.text}")
+        for group in self.config.accept_changes:
+            if group not in {change.group for change in found}:
+                self.tell(f"note: --checkpoint.accept_changes {group} has no effect: nothing of it differs")
 
     def _load(self, path: Path) -> None:
         """Read straight into the parameters, and into optimizer state that is made for what has some in the files."""

@@ -14,6 +14,10 @@ from llama.files import read_json
 
 STATE_FILE = "state.json"  # written last
 FORMAT = 2  # of a checkpoint; 1 counted progress in steps, whatever their size
+_KEYS = {
+    *("step", "epoch", "samples", "samples_per_epoch"),
+    *("best", "loss_scale", "settings", "command", "ranking"),
+}
 
 
 def state_of(path: Path) -> dict[str, Any]:

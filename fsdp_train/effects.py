@@ -241,6 +241,7 @@ EFFECTS: dict[str, tuple[Needs, ...]] = {
         ),
     ),
     "checkpoint.resume": ALWAYS,
+    "checkpoint.overwrite": ALWAYS,
     "checkpoint.accept_changes": ALWAYS,
     "log.every": ALWAYS,
 }  # fmt: skip

@@ -128,9 +128,9 @@ def _sentence(
     if name == "data.content":
         settings_of_data = [f"data.{one}" for one in _DATA_SETTINGS]
         given = [
-            f"--{one} was {saved_settings[one]}, is {settings[one]}"
+            f"--{one} was {saved_settings.get(one)}, is {settings[one]}"
             for one in settings_of_data
-            if saved_settings[one] != settings[one]
+            if saved_settings.get(one) != settings[one]
         ]
         return "the training data is another: " + (", ".join(given) or "the files' content")
     if name == "finetune.partial.train":

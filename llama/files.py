@@ -72,8 +72,8 @@ def cannot_write(path: str | os.PathLike[str], error: BaseException, needed: int
     """One line for people on a file or directory that could not be written: its path, the reason,
     the bytes that were needed (where that is known), and what is free there."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    existing = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
-    with suppress(OSError):
+    with suppress(OSError):  # a name too long even to ask for
+        existing = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
         free = f"{shutil.disk_usage(existing).free / 1e9:.2f} GB are free there"
         reason += f"; {free}" if needed is None else f"; {needed / 1e9:.2f} GB are needed, {free}"
     return f"{path} cannot be written: {reason}"

@@ -92,6 +92,11 @@ NAN = float("nan")
 
 # --- one flag that names something wrong: flag -> what is wrong -> (what it names, a part of the message) -----------------
 
+STATE = {  # of a checkpoint that nothing is wrong with
+    **{"format": 2, "step": 5, "epoch": 0, "samples": 20, "samples_per_epoch": 40, "best": None},
+    **{"files": {}, "loss_scale": [1, 0], "identity": {}, "settings": {}, "command": "", "ranking": []},
+}
+
 PATHS: dict[str, dict[str, tuple[Callable[[Place], object], str]]] = {
     "model.path": {
         "nothing": (lambda p: p.tmp / "nothing", "nothing is not a directory; expected a Hugging Face or Meta model directory"),
@@ -180,7 +185,7 @@ PATHS: dict[str, dict[str, tuple[Callable[[Place], object], str]]] = {
     "train.output_dir": {
         "a file": (lambda p: p.file("x"), "data.jsonl is not a directory"),
         "below a file": (lambda p: p.file("x") / "a" / "b", "data.jsonl is not a directory"),
-        "a long name": (lambda p: p.tmp / ("n" * 300), "nnn: File name too long"),
+        "a long name": (lambda p: p.tmp / ("n" * 300), "nnn cannot be written: File name too long"),
         "a finished adapter": (lambda p: p.output("adapter"), "out holds a finished run"),
         "another method's result": (lambda p: p.output("model"), "holds the result of another method"),
         "something in the way": (lambda p: p.output("metrics.jsonl"), "out cannot be written: Is a directory"),
@@ -209,8 +214,12 @@ PATHS: dict[str, dict[str, tuple[Callable[[Place], object], str]]] = {
         "something else": (lambda p: p.adapter(), "adapter: not a checkpoint (no state.json)"),
         "no state": (lambda p: p.checkpoint({}), "state.json is not the state of a checkpoint"),
         "another run": (
-            lambda p: p.checkpoint({"step": 5, "best": None, "files": {}, "loss_scale": [1, 0], "identity": {"data": "x"}}),
+            lambda p: p.checkpoint({**STATE, "identity": {"optim.lr": "1"}}),
             "belongs to another run: ",
+        ),
+        "half a state": (
+            lambda p: p.checkpoint({key: value for key, value in STATE.items() if key != "samples"}),
+            "state.json is not the state of a checkpoint",
         ),
     },
     "config": {
