@@ -27,12 +27,14 @@ def state_of(path: Path) -> dict[str, Any]:
         InputError: it is not there, not what a checkpoint has, or of another version.
     """
     state = read_json(path / STATE_FILE)
+    strange = InputError(f"{path / STATE_FILE} is not the state of a checkpoint")
     if not isinstance(state.get("identity"), dict) or not isinstance(state.get("files"), dict):
-        raise InputError(f"{path / STATE_FILE} is not the state of a checkpoint")
+        raise strange
     if state.get("format") != FORMAT:
-        raise InputError(
-            f"{path} was written by another version of this program (format {state.get('format', 1)}; this one reads {FORMAT})"
-        )
+        written, here = state.get("format", 1), FORMAT
+        raise InputError(f"{path} was written by another version of this program (format {written}; this one reads {here})")
+    if not state.keys() >= _KEYS:
+        raise strange
     return state
 
 
