@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -33,9 +34,9 @@ TOKENIZER_FILES = (
 
 
 def load(
-    path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path: str | os.PathLike[str], dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu"
 ) -> Llama:  # fmt: skip
-    """A model from a HF or Meta directory (detected), in `dtype` on `device`.
+    """A model from a HF or Meta directory (detected), in `dtype` on `device`; None: each tensor in the dtype it is stored in.
 
     Each tensor is read, cast and put in place before the next, so memory peaks at the model plus one tensor.
 
@@ -43,7 +44,9 @@ def load(
         InputError: anything missing, unknown, wrongly shaped, damaged or unsupported, with file and key.
     """
     weights = open_weights(path)
-    model = on_meta(weights).to(dtype)
+    model = on_meta(weights)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(stored_dtype(weights, name) if dtype is None else dtype)
     filler(model, weights, device)(model)
     return model
 
@@ -97,9 +100,24 @@ def _give_back() -> None:
 
 
 def _floating(tensor: Tensor, name: str, path: str | os.PathLike[str]) -> Tensor:
-    if not tensor.is_floating_point():
-        raise InputError(f"{path}: {name} holds {tensor.dtype}; quantised weights are not supported")
+    _check_floating(tensor.dtype, name, path)
     return tensor
+
+
+def stored_dtype(weights: Weights, name: str) -> torch.dtype:
+    """The dtype of a tensor on disk.
+
+    Raises:
+        InputError: it is not a floating-point one.
+    """
+    dtype = weights.dtype(name)
+    _check_floating(dtype, name, weights.path)
+    return dtype
+
+
+def _check_floating(dtype: torch.dtype, name: str, path: str | os.PathLike[str]) -> None:
+    if not dtype.is_floating_point:
+        raise InputError(f"{path}: {name} holds {dtype}; quantised weights are not supported")
 
 
 def check_names(weights: Weights, model: Llama, path: str | os.PathLike[str]) -> None:
@@ -164,7 +182,9 @@ def save(
             weight_map = {name: file for file, names in files.items() for name in names}
             index = {"metadata": {"total_size": total_bytes(body)}, "weight_map": weight_map}
             write_json(temporary / "model.safetensors.index.json", index)
-        write_json(temporary / "config.json", config_to_hf(config, next(iter(expected.values()))[1]))
+        # What opens the directory in the dtype of its config.json must not round: the one that holds all tensors.
+        widest = reduce(torch.promote_types, (stored for _, stored in expected.values()))
+        write_json(temporary / "config.json", config_to_hf(config, widest))
         if tokenizer_from is not None:
             copy_tokenizer(tokenizer_from, temporary)
 

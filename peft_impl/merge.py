@@ -13,24 +13,21 @@ from torch import Tensor
 
 from llama import Llama
 from llama.errors import InputError
+from llama.rounding import Rounding
 from peft_impl.adapters import adapters_of, remove_adapter
 from peft_impl.lora import LoraConfig, LoRALinear
 from peft_impl.modules_to_save import Replaceable
 
 
-@dataclass(frozen=True)
-class MergeReport:
-    """What rounding to the base's dtype cost.
+@dataclass
+class MergeReport(Rounding):
+    """What rounding to the base's dtype cost, over all weights that were merged.
 
     Attributes:
         modules: how many were merged.
-        max_error: largest |merged - exact| over all weights.
-        relative_error: ||merged - exact|| / ||exact - base||, over all weights: the part of the update that was lost.
     """
 
-    modules: int
-    max_error: float
-    relative_error: float
+    modules: int = 0
 
 
 @torch.no_grad()
@@ -52,7 +49,7 @@ def merge(model: Llama, name: str = "default") -> MergeReport:
         kind = type(state.configs[name]).__name__.removesuffix("Config")
         raise InputError(f"adapter {name!r} is no LoRA but a {kind}, which no change of the base's weights can replace")
     tied = {"lm_head", "model.embed_tokens"} if model.config.ties_head else set()
-    modules, max_error, lost, wanted = 0, 0.0, 0.0, 0.0
+    report = MergeReport()
     replaced: list[tuple[Tensor, Tensor]] = []
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear) and name in module.lora:
@@ -68,17 +65,14 @@ def merge(model: Llama, name: str = "default") -> MergeReport:
             merged = exact.to(weight.dtype)
             if not torch.isfinite(merged).all():
                 raise InputError(f"merging {name!r} gives non-finite weights in {path}")
-            error = merged.to(exact.dtype) - exact
-            max_error = max(max_error, error.abs().max().item())
-            lost += error.double().pow(2).sum().item()
-            wanted += (exact - weight.to(exact.dtype)).double().pow(2).sum().item()
+            report.add(exact, merged, weight)
             replaced.append((weight, merged))
-        modules += 1
+        report.modules += 1
     state.kept = [(weight, weight.data) for weight, _ in replaced]
     for weight, merged in replaced:
         weight.data = merged
     state.merged = name
-    return MergeReport(modules, max_error, (lost / wanted) ** 0.5 if wanted else 0.0)
+    return report
 
 
 def unmerge(model: Llama) -> None:

@@ -12,13 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 import llama
 from fsdp_train.settings import fail
+from fsdp_train.strategy import DTYPES
 from llama import InputError, Tokenizer
 from llama.files import check_free
-from llama.weight_files import open_weights
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face or Meta directory")
     parser.add_argument("--to", required=True, choices=("hf", "meta"))
     parser.add_argument("--output", required=True, metavar="DIR", help="must not exist")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as in the files")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: as in the files")
     parser.add_argument("--shards", type=int, metavar="N", help="model-parallel parts of a Meta directory (default: 1)")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.model or its directory (default: the model's directory)")
     options = parser.parse_args(arguments)
@@ -37,10 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         check_free(options.output)
         tokenizer = tokenizer_directory(options.tokenizer) if options.tokenizer else Path(options.model)
-        weights = open_weights(options.model)
-        stored = weights.dtype(next(iter(weights.shapes)))
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: stored}[options.dtype]
-        model = llama.load(options.model, dtype)
+        model = llama.load(options.model, None if options.dtype is None else DTYPES[options.dtype])
         if options.to == "hf":
             llama.save(model, options.output, tokenizer_from=tokenizer)
         else:

@@ -268,6 +268,20 @@ def test_mixed_dtypes_keep_each_its_own(tmp_path: Path) -> None:
     model.model.layers[0].to(torch.bfloat16)
     llama.save(model, tmp_path / "saved")
     assert differing(load_file(tmp_path / "saved" / "model.safetensors"), parameters(model)) == []
+    assert differing(parameters(llama.load(tmp_path / "saved", None)), parameters(model)) == []
+
+
+def test_transformers_rounds_nothing_of_several_dtypes(tmp_path: Path) -> None:
+    """Without a word about the dtype it takes that of config.json, whatever the first tensor has."""
+    model = tiny("gqa").to(torch.bfloat16)
+    model.model.layers[1].to(torch.float32)
+    for parameter in model.model.layers[1].parameters():
+        parameter.data += 1e-4  # beyond what bf16 holds
+    llama.save(model, tmp_path / "saved")
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    for name, parameter in opened.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, model.get_parameter(name).float())
 
 
 @needs_data
