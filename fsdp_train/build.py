@@ -23,7 +23,7 @@ from fsdp_train.partial import PartialConfig
 from fsdp_train.settings import beside_settings, option
 from fsdp_train.strategy import ParallelConfig
 from fsdp_train.world import World
-from llama import PRESETS, Llama, LlamaConfig, Tokenizer, replace_head
+from llama import PRESETS, Llama, LlamaConfig, Tokenizer, relabel, replace_head
 from llama.errors import InputError, nearest
 from llama.io import filler, on_meta
 from llama.weight_files import Weights
@@ -196,7 +196,9 @@ def build_model(
         model = Llama(PRESETS[model_config.preset])
     else:
         model = on_meta(weights)
-    if model.config != target:
+    if model.config.id2label:
+        relabel(model, target.id2label, target.problem_type)
+    elif model.config != target:
         replace_head(model, target.id2label, target.problem_type, target.head_hidden, seed)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(masters if name in trained else frozen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,7 @@ from fsdp_train.classification import LabelSpace
 from fsdp_train.settings import option
 from llama import Llama, LlamaConfig, replace_head
 from llama.errors import InputError, listing
-from peft_impl import adapter_labels
+from peft_impl import labels_on
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,29 @@ def known_labels(base: LlamaConfig, head: HeadConfig) -> LabelSpace | None:
     return LabelSpace(base.id2label, str(base.problem_type))
 
 
-def labels_of_adapter(path: str, number: int | None) -> tuple[LabelSpace | None, int | None]:
-    """The labels of a classifier's adapter, or where it names none, as PEFT's do, how many the data is to have.
+def labels_of_adapter(
+    path: str, base: LlamaConfig, number: int | None
+) -> tuple[LabelSpace | None, int | None, str]:  # fmt: skip
+    """The labels of a classifier's adapter on this base; where neither names any, how many the data
+    is to have; and a note for people.
 
     Raises:
-        InputError: it is none, or has another number of labels than `number`.
+        InputError: it is none, or has another number of labels than `number` or the base.
     """
-    found = adapter_labels(path)
+    try:
+        found = labels_on(base, path)
+    except InputError as error:
+        raise InputError(f"--finetune.from_adapter: {error}") from None
     if found is None:
         raise InputError(f"--finetune.from_adapter {path} is no classifier's adapter")
-    names, problem = found
+    names, problem, note = found
     if number not in (None, len(names)):
         raise InputError(f"--finetune.head.num_labels {number}, but {path} has {len(names)} labels: {listing(names, 10)}")
-    return (None if problem is None else LabelSpace(names, problem)), len(names)
+    return (None if problem is None else LabelSpace(names, problem)), len(names), note
 
 
 def wanted(base: LlamaConfig, head: HeadConfig, space: LabelSpace | None, own_head: bool) -> LlamaConfig:
-    """The configuration of the model to be trained; equal to `base` where the head stays what it is.
+    """The configuration of the model to be trained; equal to `base` where head and labels stay.
 
     Args:
         own_head: the head trains by itself, and so needs a weight of its own where it shares the embedding's.
@@ -81,9 +88,12 @@ def wanted(base: LlamaConfig, head: HeadConfig, space: LabelSpace | None, own_he
         )
     if base.id2label and head.hidden and not base.head_hidden:
         raise InputError("--finetune.head.hidden: the base is a classifier, whose head cannot be given further layers")
+    if base.id2label:
+        named = space or LabelSpace(base.id2label, str(base.problem_type))
+        return dataclasses.replace(base, id2label=named.names, problem_type=named.problem_type)
     untied = own_head and base.ties_head and head.kind == "lm"
     new_layers = bool(head.hidden) and not base.head_hidden
-    if not untied and not new_layers and (space is None or base.id2label):
+    if not untied and not new_layers and space is None:
         return base
     with torch.device("meta"):
         labels, problem = (space.names, space.problem_type) if space is not None else ((), None)

@@ -61,8 +61,9 @@ def read_inputs(config: RunConfig, world: World, tell: Callable[[str], None]) ->
     head = config.finetune.head
     known = known_labels(base, head)
     number = head.num_labels
-    if config.finetune.from_adapter and head.kind == "classification" and known is None:
-        known, number = labels_of_adapter(config.finetune.from_adapter, number)
+    if config.finetune.from_adapter and head.kind == "classification":
+        known, number, note = labels_of_adapter(config.finetune.from_adapter, base, number)
+        tell(note)
 
     def load(path: str, space: LabelSpace | None) -> Dataset:
         if head.kind == "classification":

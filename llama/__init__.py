@@ -4,7 +4,7 @@ from llama.cache import KVCache
 from llama.config import PRESETS, LlamaConfig
 from llama.errors import InputError
 from llama.generate import generate, generate_steps
-from llama.heads import replace_head
+from llama.heads import relabel, replace_head
 from llama.io import load, save
 from llama.meta import save_meta
 from llama.model import Llama
@@ -22,6 +22,7 @@ __all__ = [
     "generate",
     "generate_steps",
     "load",
+    "relabel",
     "replace_head",
     "save",
     "save_meta",

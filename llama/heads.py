@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.config import LlamaConfig
-from llama.errors import InputError
+from llama.errors import InputError, listing
 from llama.linear import Linear
 from llama.loss import IGNORE, linear_cross_entropy
 
@@ -157,3 +157,17 @@ def replace_head(
         head.weight = nn.Parameter(old.weight.detach().clone())
     setattr(model, "score" if labels else "lm_head", head)
     return model
+
+
+def relabel(model: Llama, labels: Sequence[str], problem_type: str | None = None) -> None:
+    """Give a classifier's labels other names, and its scores the meaning of another problem, in place; no weight changes.
+
+    Raises:
+        InputError: no classifier, another number of labels, or a problem type that cannot be.
+    """
+    old = model.config.id2label
+    if len(labels) != len(old):
+        raise InputError(f"{len(labels)} labels ({listing(labels, 10)}) for a head of {len(old)} ({listing(old, 10)})")
+    config = dataclasses.replace(model.config, id2label=tuple(labels), problem_type=problem_type)
+    model.config = model.model.config = config
+    model.head.problem_type = config.problem_type

@@ -6,7 +6,15 @@ from peft_impl.llama_adapter import LlamaAdapterConfig
 from peft_impl.lora import LoraConfig
 from peft_impl.merge import MergeReport, merge, merge_and_unload, unmerge
 from peft_impl.official_llama_adapter import load_official, to_peft_form
-from peft_impl.peft_files import adapter_labels, load_adapter, match_head, read_adapter, read_adapter_config, save_adapter
+from peft_impl.peft_files import (
+    adapter_labels,
+    labels_on,
+    load_adapter,
+    match_head,
+    read_adapter,
+    read_adapter_config,
+    save_adapter,
+)
 from peft_impl.prefix_tuning import PrefixTuningConfig
 
 __all__ = [
@@ -17,6 +25,7 @@ __all__ = [
     "adapter_labels",
     "add_adapter",
     "count_parameters",
+    "labels_on",
     "load_adapter",
     "load_official",
     "match_head",

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llama import Llama, replace_head
+from llama import Llama, LlamaConfig, relabel, replace_head
 from llama.errors import InputError, listing, nearest
 from llama.files import new_directory, read_json, write_json
 from llama.weight_files import load_pickled
@@ -134,8 +134,7 @@ def load_adapter(
     """
     stored, tensors = read_adapter(path)
     config = stored if config is None else config
-    if read_json(Path(path) / CONFIG_FILE).get("task_type") == CLASSIFIER and not model.config.id2label:
-        raise InputError(f"{path} is a classifier's adapter; give the base a head for its labels first (match_head)")
+    _check_labels(model.config, path)
     method_of(config).fits(model, read_json(Path(path) / CONFIG_FILE), str(Path(path) / CONFIG_FILE))
     active, required = adapters_of(model).active, {n: p.requires_grad for n, p in model.named_parameters()}
     try:
@@ -181,21 +180,92 @@ def adapter_labels(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], str |
     if not (path / LABELS_FILE).exists():
         return tuple(f"LABEL_{i}" for i in range(len(score))), None
     found = read_json(path / LABELS_FILE)
-    named, problem = found.get("id2label"), found.get("problem_type")
+    named = found.get("id2label")
     if not isinstance(named, dict) or set(named) != {str(i) for i in range(len(score))}:
         raise InputError(f"{path / LABELS_FILE}: id2label = {named!r}; expected names for the ids 0 to {len(score) - 1}")
-    return tuple(named[str(i)] for i in range(len(score))), problem
+    names = tuple(named[str(i)] for i in range(len(score)))
+    try:
+        checked = LlamaConfig(id2label=names, problem_type=found.get("problem_type"))
+    except InputError as error:
+        raise InputError(f"{path / LABELS_FILE}: {error}") from None
+    return names, checked.problem_type
 
 
-def match_head(model: Llama, path: str | os.PathLike[str]) -> None:
-    """Give the base the head that the adapter in `path` goes with: a classifier's for a classifier's adapter.
+def labels_on(
+    base: LlamaConfig, path: str | os.PathLike[str]
+) -> tuple[tuple[str, ...], str | None, str] | None:  # fmt: skip
+    """The labels with which the adapter in `path` answers on `base`; None for an adapter of a language model.
+
+    The adapter's own, if it names them. What PEFT wrote does not: its scores then have the names
+    of a base that is a classifier.
+
+    Returns:
+        The names, the problem type (None: neither of them says), and a note for people where the
+        base's names are used.
 
     Raises:
-        InputError: as `adapter_labels`.
+        InputError: as `adapter_labels`, or the base is a classifier with another number of labels.
     """
-    labels = adapter_labels(path)
-    if labels is not None and not model.config.id2label:
-        replace_head(model, *labels)
+    found = adapter_labels(path)
+    if found is None:
+        return None
+    names, problem = found
+    if base.id2label and len(base.id2label) != len(names):
+        raise InputError(
+            f"{path} answers with {len(names)} labels ({listing(names, 10)}),"
+            f" the base has {len(base.id2label)} ({listing(base.id2label, 10)})"
+        )
+    if base.id2label and problem is None:
+        source = f"the base's ({listing(base.id2label, 10)}), as {path} has no {LABELS_FILE}"
+        return base.id2label, base.problem_type, f"label names: {source}"
+    return names, problem, ""
+
+
+def match_head(model: Llama, path: str | os.PathLike[str]) -> str:
+    """Give the base the head that the adapter in `path` goes with, a classifier's for a classifier's.
+
+    A base that is a classifier keeps its head, and gets the names and the problem type of the
+    adapter's labels.
+
+    Returns:
+        A note for people, or an empty string, as `labels_on`.
+
+    Raises:
+        InputError: as `labels_on`, or an adapter that is loaded already answers with other labels.
+    """
+    found = labels_on(model.config, path)
+    if found is None:
+        return ""
+    names, problem, note = found
+    if not model.config.id2label:
+        replace_head(model, names, problem)
+    elif (names, problem) != (model.config.id2label, model.config.problem_type):
+        if loaded := list(getattr(model.head, "copies", {})):
+            other = _other_labels(model.config, path, names, problem)
+            raise InputError(f"{other}, which adapters loaded already answer with: {listing(loaded)}")
+        relabel(model, names, problem)
+    return note
+
+
+def _check_labels(base: LlamaConfig, path: str | os.PathLike[str]) -> None:
+    """Raise InputError where a classifier's adapter would answer with names that are not its own."""
+    if not base.id2label:
+        if read_json(Path(path) / CONFIG_FILE).get("task_type") == CLASSIFIER:
+            raise InputError(f"{path} is a classifier's adapter; give the base a head for its labels first (match_head)")
+        return
+    found = labels_on(base, path)
+    if found is not None and found[:2] != (base.id2label, base.problem_type):
+        other = _other_labels(base, path, *found[:2])
+        raise InputError(f"{other}; match_head gives the model the adapter's first")
+
+
+def _other_labels(
+    base: LlamaConfig, path: str | os.PathLike[str], names: tuple[str, ...], problem: str | None
+) -> str:  # fmt: skip
+    return (
+        f"{path} answers with the labels {listing(names, 10)} ({problem}),"
+        f" the model has {listing(base.id2label, 10)} ({base.problem_type})"
+    )
 
 
 def _compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:

@@ -7,6 +7,7 @@ python -m tools.classify --model DIR --adapter out/adapter --file texts.txt     
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tokenizer = Tokenizer(options.tokenizer or options.model)
         model = llama.load(options.model, dtype, device)
         if options.adapter:
-            match_head(model, options.adapter)
+            if note := match_head(model, options.adapter):
+                print(f"note: {note}", file=sys.stderr)
             load_adapter(model, options.adapter)
         if not model.config.id2label:
             raise InputError(f"{options.model} is a language model, not a classifier; tools.generate continues texts with it")

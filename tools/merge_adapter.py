@@ -16,7 +16,6 @@ import llama
 from fsdp_train.settings import fail
 from llama import InputError
 from llama.files import check_free
-from llama.weight_files import open_weights
 from peft_impl import load_adapter, match_head, merge_and_unload
 
 
@@ -26,25 +25,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="the base: a Hugging Face or Meta directory")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="a PEFT LoRA directory")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the merged model goes; must not exist")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the merged weights (default: the base's own)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the merged weights (default: each the base's own)")
     options = parser.parse_args(arguments)
     try:
         check_free(options.output)
-        weights = open_weights(options.model)
-        stored = weights.dtype(next(iter(weights.shapes)))
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: stored}[options.dtype]
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[options.dtype]
         model = llama.load(options.model, dtype)
-        match_head(model, options.adapter)
+        note = match_head(model, options.adapter)
         load_adapter(model, options.adapter)
         report = merge_and_unload(model)
         llama.save(model, options.output, tokenizer_from=options.model)
     except (InputError, OSError) as error:
         fail(error)
-    print(
-        f"merged {report.modules} modules into {options.output}, {str(dtype).removeprefix('torch.')}:"
-        f" largest rounding error {report.max_error:.3g}, {100 * report.relative_error:.3g} % of the update lost to rounding"
-    )
-    if report.relative_error > 0.01:
+    written = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    print(f"merged {report.modules} modules into {options.output}, {' and '.join(written)}: {report}")
+    if note:
+        print(f"note: {note}")
+    if report.is_large:
         print("note: --dtype fp32 keeps the whole update")
 
 

@@ -15,6 +15,7 @@ from tests.oracle import randomise
 from tools.classify import main
 
 NAMES = ("bad", "good", "mixed")
+MULTI = "multi_label_classification"
 TEXTS = ["Say one again.", "Repeat the word two, and then three.", "x"]
 
 
@@ -77,6 +78,44 @@ def test_an_adapter_brings_head_and_names(
     save_adapter(model, tmp_path / "adapter")
     [[line, _]] = lines(capsys, "--model", model_dir, "--adapter", tmp_path / "adapter", "--text", TEXTS[0])
     assert line.split()[0] == NAMES[int(alone(model, model_dir, TEXTS[0]).argmax())]
+
+
+def answer(scores: torch.Tensor, problem: str) -> str:
+    if problem == MULTI:
+        probabilities = scores.sigmoid().tolist()
+        chosen = [f"{name} {p:.3f}" for name, p in zip(NAMES, probabilities, strict=True) if p > 0.5]
+        return ", ".join(chosen) or "none"
+    probabilities = scores.softmax(0)
+    return f"{NAMES[int(probabilities.argmax())]} {probabilities.max():.3f}"
+
+
+@pytest.mark.parametrize("problem", ["single_label_classification", MULTI])
+def test_an_adapter_keeps_its_labels_on_a_classifier(
+    problem: str,
+    model_dir: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Names and problem; without names of its own, as PEFT's, it takes the base's, which is said."""
+    model = replace_head(llama.load(model_dir), NAMES, problem)
+    add_adapter(model, LoraConfig(modules_to_save=("score",)))
+    generator = torch.Generator().manual_seed(3)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    adapter, colors = tmp_path / "adapter", tmp_path / "colors"
+    save_adapter(model, adapter)
+    saved = replace_head(llama.load(model_dir), ("red", "green", "blue"))
+    llama.save(saved, colors, tokenizer_from=model_dir)
+    arguments = ["--adapter", adapter, *(word for text in TEXTS for word in ("--text", text))]
+    for base in (model_dir, colors):
+        for line, text in lines(capsys, "--model", base, *arguments):
+            assert line == answer(alone(model, model_dir, text), problem)
+    (adapter / "labels.json").unlink()
+    main([str(word) for word in ("--model", colors, *arguments)])
+    said = capsys.readouterr()
+    assert {line.split()[0] for line in said.out.splitlines()} <= {"red", "green", "blue"}
+    note = f"note: label names: the base's (red, green, blue), as {adapter} has no labels.json"
+    assert said.err == note + "\n"
 
 
 def test_what_cannot_be_labelled_is_refused(

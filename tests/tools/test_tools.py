@@ -16,7 +16,7 @@ import llama
 from fsdp_train.config import DEMO
 from llama.weight_files import open_weights
 from peft_impl import LlamaAdapterConfig, LoraConfig, PrefixTuningConfig, add_adapter, load_adapter, save_adapter
-from tests.llama.common import full_disk
+from tests.llama.common import differing, full_disk, tiny
 from tests.oracle import STORIES, hf_model, largest, needs_data
 from tools import convert, convert_adapter, generate, merge_adapter
 
@@ -266,6 +266,45 @@ def test_convert_there_and_back(tmp_path: Path) -> None:
         assert torch.equal(tensor, back.state_dict()[name])
     assert open_weights(tmp_path / "hf").read("model.norm.weight").dtype == torch.bfloat16
     assert (tmp_path / "hf" / "tokenizer.model").is_file()
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A directory of several dtypes, as a run leaves it of a bf16 base: what trained is in fp32."""
+    model = tiny("gqa").to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "layers.1." in name or "norm" in name:
+            parameter.data = parameter.data.float() + 1e-4
+    llama.save(model, tmp_path / "mixed")
+    return tmp_path / "mixed"
+
+
+def stored(path: Path) -> dict[str, torch.Tensor]:
+    weights = open_weights(path)
+    return {name: weights.read(name) for name in weights.shapes}
+
+
+def test_converting_keeps_the_dtype_of_each_tensor(mixed: Path, tmp_path: Path) -> None:
+    convert.main(["--model", str(mixed), "--to", "meta", "--output", str(tmp_path / "meta")])
+    convert.main(["--model", str(tmp_path / "meta"), "--to", "hf", "--output", str(tmp_path / "hf")])
+    before = stored(mixed)
+    assert {tensor.dtype for tensor in before.values()} == {torch.bfloat16, torch.float32}
+    for path in (tmp_path / "meta", tmp_path / "hf"):
+        assert differing(stored(path), before) == []
+
+
+def test_merging_keeps_the_dtype_of_each_tensor(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = llama.load(mixed)
+    add_adapter(model, LoraConfig(r=2, target_modules=("down_proj",)))
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data += 0.05
+    save_adapter(model, tmp_path / "adapter")
+    merge_adapter.main(["--model", str(mixed), "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")])
+    assert f"modules into {tmp_path / 'merged'}, bfloat16 and float32: largest" in capsys.readouterr().out
+    before, after = stored(mixed), stored(tmp_path / "merged")
+    changed = sorted(differing(after, before))
+    assert changed == sorted(name for name in before if "down_proj" in name)
+    assert all(after[name].dtype == before[name].dtype for name in changed)
 
 
 @pytest.mark.parametrize("shards", ["1", "4"])
