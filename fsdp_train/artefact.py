@@ -1,7 +1,11 @@
 """What the user keeps: `adapter/` (PEFT) or `model/` (Hugging Face), rehearsed before the first step.
 
-A model is written tensor by tensor: what trained is gathered one sharding unit at a time, and what did not comes, bit for bit,
-from the base's own files. No process ever holds a second copy of it.
+A model is written tensor by tensor: what trained is gathered one sharding unit at a time, and what
+did not comes from the base's own files. No process ever holds a second copy of it.
+
+With `--model.dtype auto` nothing is rounded: what trained is written as the fp32 masters it has, what
+did not has the base's bits. A dtype that was asked for is that of every tensor, and the run says what
+that took.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +22,13 @@ from torch import Tensor, nn
 
 import llama
 from fsdp_train.config import RunConfig
-from fsdp_train.parallel import full_trainable_state, trained_tensors
+from fsdp_train.parallel import full_trainable_state, round_trained, trained_tensors
+from fsdp_train.strategy import DTYPES, dtype_name
 from fsdp_train.world import World
 from llama import Llama, LlamaConfig, Tokenizer
 from llama.errors import InputError
+from llama.io import stored_dtype
+from llama.rounding import Rounding
 from llama.weight_files import Weights
 from peft_impl import add_adapter, count_parameters, save_adapter
 
@@ -32,12 +39,17 @@ class Artefact:
     """Where it goes, how large it is, and how it is written."""
 
     def __init__(
-        self, config: RunConfig, target: LlamaConfig, base: Weights | None, adapter: Any, tokenizer: Tokenizer | None,
-        directory: Path, world: World,
+        self, config: RunConfig, target: LlamaConfig, base: Weights | None, adapter: Any, trained: Collection[str],
+        tokenizer: Tokenizer | None, directory: Path, world: World,
     ) -> None:  # fmt: skip
         """Args: the run's settings, the trained model's configuration, the base's files (None: random weights), the adapter's
-        configuration (None: a whole model is kept), the tokenizer whose files go along, the run's directory."""
+        configuration (None: a whole model is kept), the names of what trains, the tokenizer whose files go along, the run's
+        directory."""
         self._config, self._base, self._adapter, self._tokenizer, self._world = config, base, adapter, tokenizer, world
+        self._trained = frozenset(trained)
+        asked = config.model.dtype
+        # Of a saved model. Adapters are fp32, as PEFT writes them, whatever the base is held in.
+        self._asked = None if asked == "auto" or adapter is not None else DTYPES[asked]
         self.path = directory / ("model" if adapter is None else "adapter")
         with torch.device("meta"):
             self._skeleton = Llama(target)
@@ -50,11 +62,37 @@ class Artefact:
         self.expected_bytes = sum(p.numel() * p.itemsize for p in self._skeleton.parameters())
 
     def _stored(self, name: str) -> torch.dtype:
-        """The dtype of a tensor in the file: that of the base's file, a new head's that of its embedding, or what was asked."""
-        asked = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}[self._config.model.dtype]
-        if asked is not None or self._base is None:
-            return asked or torch.float32
-        return self._base.dtype(name if name in self._base.shapes else "model.embed_tokens.weight")
+        """The dtype of a tensor in the file: what was asked, or else the masters' where it trains, and the base's."""
+        if self._asked is not None:
+            return self._asked
+        if name in self._trained or self._base is None:
+            return torch.float32
+        return stored_dtype(self._base, name)
+
+    def _origin(self, name: str) -> str | None:
+        """The tensor of the base's files that this one starts from; None where it is drawn anew."""
+        if self._base is None:
+            return None
+        if name == "lm_head.weight" and self._base.config.ties_head:
+            return "model.embed_tokens.weight"
+        return name if name in self._base.shapes else None
+
+    def size_note(self) -> str:
+        """For people, before training: that what trains is kept in more bits than the base's files have for it."""
+        if self._adapter is not None or self._asked is not None or self._base is None:
+            return ""
+        origins = [origin for name in self._trained if (origin := self._origin(name)) is not None]
+        dtypes = {stored_dtype(self._base, origin) for origin in origins}
+        narrow = sorted(dtype_name(dtype) for dtype in dtypes if dtype.itemsize < torch.float32.itemsize)
+        if not narrow:
+            return ""
+        size = f"{self.expected_bytes / 1e6:,.1f} MB"
+        if self.expected_bytes >= 1e9:
+            size = f"{self.expected_bytes / 1e9:,.1f} GB"
+        return (
+            f"trained tensors are written in fp32 (base: {' and '.join(narrow)}), {size};"
+            f" --model.dtype {narrow[0]} writes as the base, and rounds"
+        )
 
     def check_room(self, checkpoint_bytes: int) -> None:
         """Raise InputError if the disk has no room for this and for the checkpoints that are still to come."""
@@ -104,17 +142,65 @@ class Artefact:
                     deque(stream, maxlen=0)  # gathering takes all processes, so it goes on if writing has failed
         return written
 
+    def round_as_written(self, model: nn.Module) -> None:
+        """Let the model hold what the file holds, so that what is measured next is measured of the file."""
+        if self._asked is not None:
+            round_trained(model, self._asked)
+
+    def summary(self, checksum: str, held: torch.dtype) -> list[str]:
+        """For people, on rank 0 after `write`: what became of the base's weights, and what rounding took.
+
+        Args:
+            checksum: of the frozen weights, the same before and after training.
+            held: the dtype that the run had them in.
+        """
+        if self._adapter is not None:
+            where = ""
+            if self._base is not None and not all(_holds(held, dtype) for dtype in self._frozen_dtypes()):
+                where = f" in the base's files, rounded to {dtype_name(held)} in this run"
+            return [f"base weights: unchanged{where} (checksum {checksum} before and after)"]
+        return [*self._frozen_line(), *self._rounding_lines()]
+
+    def _frozen_dtypes(self) -> set[torch.dtype]:
+        """In the base's files, of the weights that are used and do not train."""
+        assert self._base is not None
+        names = [name for name, _ in self._skeleton.named_parameters() if name in self._base.shapes]
+        return {stored_dtype(self._base, name) for name in names if name not in self._trained}
+
+    def _frozen_line(self) -> list[str]:
+        dtypes = self._frozen_dtypes() if self._base is not None else set()
+        if not dtypes:
+            return []
+        if self._asked is None or dtypes == {self._asked}:
+            return ["frozen weights: unchanged, copied from the base's files"]
+        kind = f"{dtype_name(self._asked)}, as --model.dtype asks"
+        if all(_holds(self._asked, dtype) for dtype in dtypes):
+            return [f"frozen weights: widened without loss to {kind}"]
+        changed, count = self._frozen_changed, self._frozen_count
+        return [f"frozen weights: rounded to {kind} ({changed:,} of {count:,} elements changed)"]
+
+    def _rounding_lines(self) -> list[str]:
+        if self._asked is None or _holds(self._asked, torch.float32):
+            return []
+        found = self._rounding
+        undone = f"; {found.undone:,} of the {found.changed:,} elements that training changed are the base's again"
+        line = f"trained weights: rounded to {dtype_name(self._asked)}, as --model.dtype asks: {found}"
+        note = "note: --model.dtype fp32 keeps the whole update"
+        return [line + undone * (found.changed > 0), *([note] if found.is_large else [])]
+
     def _save(self, path: Path, stream: Iterator[tuple[str, Tensor]]) -> None:
-        trained = set()
+        self._rounding, self._frozen_changed, self._frozen_count = Rounding(), 0, 0
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for item in stream:
-                trained.add(item[0])
+                self._count_trained(*item)
                 yield item
                 del item  # before the next is made
             for name, _ in self._skeleton.named_parameters():
-                if name not in trained and self._base is not None:
-                    yield name, self._base.read(name)
+                if name not in self._trained and self._base is not None:
+                    tensor = self._base.read(name)
+                    self._count_frozen(tensor)
+                    yield name, tensor
 
         llama.save(
             self._skeleton,
@@ -124,3 +210,20 @@ class Artefact:
             max_shard_bytes=round(self._config.train.max_shard_gb * 1e9),
             replace=True,
         )
+
+    def _count_trained(self, name: str, exact: Tensor) -> None:
+        if self._asked is None or _holds(self._asked, exact.dtype):
+            return
+        origin = self._origin(name)
+        base = None if self._base is None or origin is None else self._base.read(origin)
+        self._rounding.add(exact, exact.to(self._asked), base)
+
+    def _count_frozen(self, tensor: Tensor) -> None:
+        self._frozen_count += tensor.numel()
+        if self._asked is not None and not _holds(self._asked, tensor.dtype):
+            self._frozen_changed += int((tensor.to(self._asked).to(tensor.dtype) != tensor).sum())
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether every value of `other` is one of `dtype`."""
+    return torch.promote_types(dtype, other) == dtype

@@ -21,7 +21,7 @@ from fsdp_train.optim import OptimConfig, Optimizer, build_optimizer
 from fsdp_train.parallel import Fill, nothing_to_fill, place_model
 from fsdp_train.partial import PartialConfig
 from fsdp_train.settings import beside_settings, option
-from fsdp_train.strategy import ParallelConfig
+from fsdp_train.strategy import DTYPES, ParallelConfig
 from fsdp_train.world import World
 from llama import PRESETS, Llama, LlamaConfig, Tokenizer, relabel, replace_head
 from llama.errors import InputError, nearest
@@ -49,7 +49,11 @@ class ModelConfig:
     path: str = option("", "Hugging Face or Meta directory of the base model", "DIR")
     preset: str = option("", f"train from random weights instead: {', '.join(PRESETS)}", "NAME")
     tokenizer: str = option("", "tokenizer.model or its directory (default: the model's directory)", "PATH")
-    dtype: Literal["auto", "bf16", "fp32"] = option("auto", "of frozen weights; auto: that of the computation")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto",
+        "of frozen weights and of the saved model; auto: that of the computation, and saved as in the base's files,"
+        " but what trained in fp32",
+    )
 
     def __post_init__(self) -> None:
         if self.path and self.preset:
@@ -222,7 +226,7 @@ def _starts_from_values(finetune: FinetuneConfig) -> bool:
 
 def frozen_dtype(config: ModelConfig, dtype: torch.dtype) -> torch.dtype:
     """Of weights that do not train, where the computation is in `dtype`."""
-    return {"auto": dtype, "bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
+    return dtype if config.dtype == "auto" else DTYPES[config.dtype]
 
 
 def adapter_config(finetune: FinetuneConfig) -> Any:

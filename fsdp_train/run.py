@@ -167,7 +167,11 @@ class Run:
             self.tell(f"{self.world.size} processes:\n{self.world.table()}")
         adapters = getattr(self.model, "adapters", None)
         adapter = next(iter(adapters.configs.values())) if adapters else None
-        self.artefact = Artefact(self.config, inputs.target, inputs.weights, adapter, inputs.tokenizer, self.output, self.world)
+        trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        self.artefact = Artefact(
+            self.config, inputs.target, inputs.weights, adapter, trained, inputs.tokenizer, self.output, self.world
+        )
+        self.tell(self.artefact.size_note())
         self.frozen_identity = ""
         if self.config.finetune.caches_features:
             self._train_on_features()
@@ -422,6 +426,7 @@ class Run:
             raise RuntimeError("frozen weights changed during training; nothing is saved")
         self.bytes = self.artefact.write(self.model_wrapped)
         self.checkpoints.finish()
+        self.artefact.round_as_written(self.model_wrapped)  # no step follows: what is measured next is the file
 
     def sum_up(self, before: Measures, after: Measures, seconds: float) -> None:
         """Tell what changed, what did not, where it is, and what to type next."""
@@ -429,10 +434,8 @@ class Run:
         for name, new in after.items():
             old = f"{before[name]:.4f} before, " if name in before else ""
             lines.append(f"held-out {name}: {old}{new:.4f} after")
-        if self.is_adapter:
-            lines.append(f"base weights: unchanged (checksum {self.checksum} before and after)")
-        elif self.trainable < self.total:
-            lines.append("frozen weights: unchanged, copied from the base's files")
+        if self.world.rank == 0:
+            lines += self.artefact.summary(self.checksum, frozen_dtype(self.config.model, self.dtype))
         lines.append(f"saved: {self.artefact.path} ({self.bytes / 1e6:.2f} MB, {self.trainable:,} trained parameters)")
         lines.append(f"time: {seconds:.0f} s, peak memory {peak_memory(self.world.device) / 1e9:.2f} GB per process")
         self.tell("\n".join(lines + next_commands(self.config, self.inputs, self.artefact.path)))

@@ -20,6 +20,14 @@ from llama.errors import InputError
 
 SHARDED = ("fsdp", "fsdp2", "hsdp")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the settings call it, or as torch does what they have no name for."""
+    names = {known: name for name, known in DTYPES.items()}
+    return names.get(dtype, str(dtype).removeprefix("torch."))
+
+
 GOES_WITH = {  # options that only some strategies have
     "sharding": SHARDED,
     "replicas": ("hsdp", "fsdp2"),
