@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import llama
 from fsdp_train.config import RunConfig
-from fsdp_train.parallel import full_trainable_state, round_trained, trained_tensors
+from fsdp_train.parallel import full_trainable_state, local_part, spread_again, trained_tensors
 from fsdp_train.strategy import DTYPES, dtype_name
 from fsdp_train.world import World
 from llama import Llama, LlamaConfig, Tokenizer
@@ -39,14 +39,22 @@ class Artefact:
     """Where it goes, how large it is, and how it is written."""
 
     def __init__(
-        self, config: RunConfig, target: LlamaConfig, base: Weights | None, adapter: Any, trained: Collection[str],
-        tokenizer: Tokenizer | None, directory: Path, world: World,
+        self, config: RunConfig, target: LlamaConfig, base: Weights | None, model: nn.Module, tokenizer: Tokenizer | None,
+        directory: Path, world: World,
     ) -> None:  # fmt: skip
-        """Args: the run's settings, the trained model's configuration, the base's files (None: random weights), the adapter's
-        configuration (None: a whole model is kept), the names of what trains, the tokenizer whose files go along, the run's
-        directory."""
+        """
+        Args:
+            config: the run's settings.
+            target: the trained model's configuration.
+            base: the base's files; None for random weights.
+            model: before it is spread. Of one with an adapter, the adapter alone is kept.
+            tokenizer: whose files go along.
+            directory: the run's.
+        """
+        adapters = getattr(model, "adapters", None)
+        adapter: Any = next(iter(adapters.configs.values())) if adapters else None
         self._config, self._base, self._adapter, self._tokenizer, self._world = config, base, adapter, tokenizer, world
-        self._trained = frozenset(trained)
+        self._trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         asked = config.model.dtype
         # Of a saved model. Adapters are fp32, as PEFT writes them, whatever the base is held in.
         self._asked = None if asked == "auto" or adapter is not None else DTYPES[asked]
@@ -142,10 +150,20 @@ class Artefact:
                     deque(stream, maxlen=0)  # gathering takes all processes, so it goes on if writing has failed
         return written
 
+    @torch.no_grad()
     def round_as_written(self, model: nn.Module) -> None:
-        """Let the model hold what the file holds, so that what is measured next is measured of the file."""
-        if self._asked is not None:
-            round_trained(model, self._asked)
+        """Let the model hold what the file holds, so that what is measured next is measured of the file.
+
+        Each process rounds its own part of what trained, in place; the parameters keep their dtype.
+        Elementwise, so for any strategy it is what rounding the whole tensors gives.
+        """
+        if self._asked is None:
+            return
+        spread_again(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                mine = local_part(parameter)
+                mine.copy_(mine.to(self._asked))
 
     def summary(self, checksum: str, held: torch.dtype) -> list[str]:
         """For people, on rank 0 after `write`: what became of the base's weights, and what rounding took.

@@ -284,20 +284,6 @@ def trained_tensors(model: nn.Module, world: World) -> Iterator[tuple[str, Tenso
             del whole
 
 
-@torch.no_grad()
-def round_trained(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give each trained element the nearest value that `dtype` has, in place; its own dtype stays.
-
-    Each process rounds what it holds. Elementwise, so for any strategy it is what rounding the
-    whole tensor gives.
-    """
-    spread_again(model)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            mine = local_part(parameter)
-            mine.copy_(mine.to(dtype))
-
-
 def full_trainable_state(model: nn.Module, world: World) -> dict[str, Tensor]:
     """Copies of all trained tensors, whole, on the CPU, by plain name; on rank 0 (elsewhere empty). All must call it."""
     return {name: tensor.clone() for name, tensor in trained_tensors(model, world)}

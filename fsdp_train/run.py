@@ -165,11 +165,8 @@ class Run:
         self.tell("" if method == "full" else trainable_table(self.model))
         if self.world.size > 1:
             self.tell(f"{self.world.size} processes:\n{self.world.table()}")
-        adapters = getattr(self.model, "adapters", None)
-        adapter = next(iter(adapters.configs.values())) if adapters else None
-        trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         self.artefact = Artefact(
-            self.config, inputs.target, inputs.weights, adapter, trained, inputs.tokenizer, self.output, self.world
+            self.config, inputs.target, inputs.weights, self.model, inputs.tokenizer, self.output, self.world
         )
         self.tell(self.artefact.size_note())
         self.frozen_identity = ""
