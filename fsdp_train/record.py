@@ -20,7 +20,7 @@ from fsdp_train.from_adapter import DROPOUT, continued, training_notes
 from fsdp_train.inputs import Inputs
 from fsdp_train.partial import RankedLayer
 from fsdp_train.settings import values_of, write_toml
-from fsdp_train.strategy import DTYPES, called, chosen_strategy, replicas_and_shards
+from fsdp_train.strategy import called, chosen_strategy, dtype_name, replicas_and_shards
 from fsdp_train.world import World
 
 HEADER = """torchrun -m fsdp_train.main --config config.toml
@@ -75,7 +75,7 @@ def _chosen(config: RunConfig, facts: Facts) -> dict[str, str]:
     inputs = facts.inputs
     chosen = {**_chosen_in_parallel(config, facts), **_chosen_in_finetune(config, facts)}
     if config.model.dtype == "auto" and config.finetune.method != "full":
-        chosen["model.dtype"] = _name(frozen_dtype(config.model, facts.dtype))
+        chosen["model.dtype"] = dtype_name(frozen_dtype(config.model, facts.dtype))
     if not config.model.tokenizer:
         found = inputs.tokenizer
         chosen["model.tokenizer"] = "there is none" if found is None else str(found.path)
@@ -97,7 +97,7 @@ def _chosen_in_parallel(config: RunConfig, facts: Facts) -> dict[str, str]:
     if parallel.strategy == "auto":
         chosen["parallel.strategy"] = called(parallel, world.size).removeprefix("auto, which is ")
     if parallel.precision == "auto":
-        chosen["parallel.precision"] = _name(facts.dtype)
+        chosen["parallel.precision"] = dtype_name(facts.dtype)
     replicas, shards = replicas_and_shards(parallel, world.size, world.local_size)
     if not parallel.replicas and chosen_strategy(parallel, world.size) in ("hsdp", "fsdp2"):
         chosen["parallel.replicas"] = str(replicas)
@@ -120,8 +120,3 @@ def _chosen_in_finetune(config: RunConfig, facts: Facts) -> dict[str, str]:
     if finetune.head.feature_cache == "auto":
         chosen["finetune.head.feature_cache"] = str(cache_directory("auto"))
     return chosen
-
-
-def _name(dtype: torch.dtype) -> str:
-    """As the settings call it."""
-    return next(name for name, value in DTYPES.items() if value == dtype)

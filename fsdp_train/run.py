@@ -46,7 +46,7 @@ from fsdp_train.run_directory import (
 from fsdp_train.settings import as_text, values_of
 from fsdp_train.signals import Signals, Stopped
 from fsdp_train.step import NonFiniteError
-from fsdp_train.strategy import DTYPES, SHARDED, chosen_strategy, precision_of, replicas_and_shards
+from fsdp_train.strategy import SHARDED, chosen_strategy, dtype_name, precision_of, replicas_and_shards
 from fsdp_train.train import fit
 from fsdp_train.units import shares, table, total_bytes
 from fsdp_train.world import World
@@ -301,12 +301,11 @@ class Run:
     def _identity(self, settings: dict[str, str], adapter: Any) -> dict[str, str]:
         """What a checkpoint and the run that continues it must have in common."""
         parallel = self.config.parallel
-        names = {dtype: name for name, dtype in DTYPES.items()}
-        precision = {"parallel.precision": names[self.dtype]}
+        precision = {"parallel.precision": dtype_name(self.dtype)}
         if self.strategy in SHARDED:
             precision["parallel.reduce_dtype"] = parallel.reduce_dtype
         if self.trainable < self.total:
-            precision["frozen dtype"] = names[frozen_dtype(self.config.model, self.dtype)]
+            precision["frozen dtype"] = dtype_name(frozen_dtype(self.config.model, self.dtype))
         return identity_of(
             settings, self.inputs.target, adapter, self.trained, self.frozen_identity,
             self.inputs.data, self.inputs.plan.global_batch, precision,
