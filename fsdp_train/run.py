@@ -183,7 +183,7 @@ class Run:
         settings = self._settings()
         self.checkpoints = Checkpoints(
             self.config.checkpoint, self.output / CHECKPOINTS, self.world, self.model_wrapped, self.optimizer, self.scaler,
-            self._may_write, self._identity(settings, adapter), facts, settings, self.tell,
+            self._may_write, self._identity(settings), facts, settings, self.tell,
         )  # fmt: skip
         self._resume()
         self._open_output()
@@ -298,8 +298,10 @@ class Run:
         """All settings as text, by name."""
         return {name: as_text(value) for name, value in values_of(self.config).items()}
 
-    def _identity(self, settings: dict[str, str], adapter: Any) -> dict[str, str]:
+    def _identity(self, settings: dict[str, str]) -> dict[str, str]:
         """What a checkpoint and the run that continues it must have in common."""
+        adapters = getattr(self.model, "adapters", None)
+        adapter = next(iter(adapters.configs.values())) if adapters else None
         parallel = self.config.parallel
         precision = {"parallel.precision": dtype_name(self.dtype)}
         if self.strategy in SHARDED:
@@ -420,6 +422,8 @@ class Run:
         """Write `adapter/` (PEFT) or `model/` (Hugging Face), read back and compared before it gets its name."""
         if frozen_checksum(self.model_wrapped, self.world) != self.checksum:
             raise RuntimeError("frozen weights changed during training; nothing is saved")
+        with self.world.together():
+            self._may_write()
         self.bytes = self.artefact.write(self.model_wrapped)
         self.checkpoints.finish()
         self.artefact.round_as_written(self.model_wrapped)  # no step follows: what is measured next is the file
