@@ -11,12 +11,13 @@ from typing import Any
 from fsdp_train.build import FinetuneConfig, ModelConfig
 from fsdp_train.checkpoint import CheckpointConfig
 from fsdp_train.data import DataConfig
-from fsdp_train.effects import refuse
-from fsdp_train.from_adapter import adapter_settings, settled
+from fsdp_train.effects import notes, refuse
+from fsdp_train.from_adapter import adapter_settings, settled, training_notes
 from fsdp_train.log import LogConfig
 from fsdp_train.optim import OptimConfig
-from fsdp_train.settings import beside_settings, build, changed, parse_flags, read_toml
+from fsdp_train.settings import beside_settings, build, changed, parse_flags
 from fsdp_train.strategy import ParallelConfig, called, chosen_strategy
+from fsdp_train.toml import read_toml
 from fsdp_train.train import TrainConfig
 from llama.errors import InputError
 
@@ -76,6 +77,15 @@ class RunConfig:
         """
         strategy = chosen_strategy(self.parallel, processes)
         self._check_unfreezing(strategy, called(self.parallel, processes))
+
+    def checked(self, processes: int) -> list[str]:
+        """Lines to be told before work starts, of settings that were given and do not hold.
+
+        Raises:
+            InputError: as `check_strategy`.
+        """
+        self.check_strategy(processes)
+        return [*notes(self, processes), *training_notes(self.finetune)]
 
     def _check_unfreezing(self, strategy: str, called: str) -> None:
         if self.finetune.partial.unfreeze_every and strategy in ("ddp", "fsdp2"):

@@ -77,7 +77,9 @@ def fine_tune(config: RunConfig) -> None:
 def complete(run: Run) -> None:
     """The steps of a run, in order."""
     started = time.perf_counter()
-    run.check_settings()
+    with run.world.together():
+        for line in run.config.checked(run.world.size):
+            run.tell(line)
     run.prepare()
     run.wrap()
     before = run.measure("before")

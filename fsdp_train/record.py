@@ -19,8 +19,9 @@ from fsdp_train.features import cache_directory
 from fsdp_train.from_adapter import DROPOUT, continued, training_notes
 from fsdp_train.inputs import Inputs
 from fsdp_train.partial import RankedLayer
-from fsdp_train.settings import values_of, write_toml
+from fsdp_train.settings import values_of
 from fsdp_train.strategy import called, chosen_strategy, dtype_name, replicas_and_shards
+from fsdp_train.toml import write_toml
 from fsdp_train.world import World
 
 HEADER = """torchrun -m fsdp_train.main --config config.toml

@@ -19,9 +19,7 @@ from fsdp_train.checkpoint import Checkpoints, Progress, room_for
 from fsdp_train.checkpoint_files import checkpoints, state_of
 from fsdp_train.classification import ClassificationDataset
 from fsdp_train.config import RunConfig
-from fsdp_train.effects import notes
 from fsdp_train.features import HeadOnly, backbone_digest, cache_directory, file_of, with_features
-from fsdp_train.from_adapter import training_notes
 from fsdp_train.identity import identity_of
 from fsdp_train.inputs import read_inputs
 from fsdp_train.log import Metrics, peak_memory, say, write_whole
@@ -77,14 +75,6 @@ class Run:
             say(text)
 
     # --- before the first step ------------------------------------------------------------------------------------------
-
-    def check_settings(self) -> None:
-        """Refuse what cannot be on so many processes, and tell which settings have no effect."""
-        config, processes = self.config, self.world.size
-        with self.world.together():
-            config.check_strategy(processes)
-            for line in (*notes(config, processes), *training_notes(config.finetune)):
-                self.tell(line)
 
     def prepare(self) -> None:
         """Check and read everything. An error on any process becomes the same error on all, before anything is written."""

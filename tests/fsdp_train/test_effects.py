@@ -11,8 +11,9 @@ import pytest
 from fsdp_train.config import DEMO, RunConfig, parse_config
 from fsdp_train.effects import EFFECTS, needs_of, notes, without_effect
 from fsdp_train.main import main
-from fsdp_train.settings import as_text, settings_of, write_toml
+from fsdp_train.settings import as_text, settings_of
 from fsdp_train.strategy import GOES_WITH, ParallelConfig, chosen_strategy, meant_strategy
+from fsdp_train.toml import write_toml
 from fsdp_train.train import TrainConfig
 from llama.errors import InputError
 

@@ -13,7 +13,8 @@ import pytest
 from fsdp_train.build import FinetuneConfig
 from fsdp_train.config import DEMO, RunConfig, parse_config
 from fsdp_train.main import main
-from fsdp_train.settings import build, option, parse_flags, read_toml, settings_of, values_of, write_toml
+from fsdp_train.settings import build, option, parse_flags, settings_of, values_of
+from fsdp_train.toml import read_toml, write_toml
 from llama.errors import InputError
 from peft_impl import LoraConfig
 
