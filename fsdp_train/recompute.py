@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections import defaultdict, deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,13 +17,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     CheckpointWrapper,
     apply_activation_checkpointing,
-    checkpoint_wrapper,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from llama.model import DecoderLayer
+from peft_impl.dropout import drawn_masks
 from peft_impl.lora import LoRALinear
 
 _ATEN = torch.ops.aten
@@ -48,7 +49,7 @@ def checkpoint_activations(model: nn.Module, kind: str, compiled: bool = False) 
     """
     keep_and_reuse = functools.partial(create_selective_checkpoint_contexts, list(KEPT)) if compiled else _keep_and_reuse
     context: dict[str, Any] = {"context_fn": keep_and_reuse} if kind == "selective" else {}
-    wrapper: Any = _Offloaded if kind == "offload" else checkpoint_wrapper
+    wrapper: Any = _Offloaded if kind == "offload" else _Checkpointed
     apply_activation_checkpointing(
         model,
         checkpoint_wrapper_fn=functools.partial(wrapper, checkpoint_impl=CheckpointImpl.NO_REENTRANT, **context),
@@ -56,7 +57,16 @@ def checkpoint_activations(model: nn.Module, kind: str, compiled: bool = False) 
     )
 
 
-class _Offloaded(CheckpointWrapper):
+class _Checkpointed(CheckpointWrapper):
+    """Computes its layer again in backward; where there is none to come (evaluation, generation), it is the layer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._checkpoint_wrapped_module(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+
+class _Offloaded(_Checkpointed):
     """What a checkpointed layer stores, its input, goes to the host, through pinned memory, and comes back for backward."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -91,21 +101,40 @@ def _keep_and_reuse() -> tuple[_Keep, _Reuse]:
     return _Keep(kept), _Reuse(kept)
 
 
+RECOMPILE_LIMIT = 64  # training, evaluation and generation, each with shapes of its own
+
+
 def compile_layers(model: nn.Module) -> None:
-    """Compile each decoder layer, with its wrapper if it has one, as one graph. The first call compiles; all layers share that.
+    """Compile each decoder layer, with its wrapper if it has one, as one graph. The first call compiles; all layers share
+    that.
 
     What is not a layer stays as it is: the embedding is a lookup, and the head has its own form (llama/loss.py).
     """
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # what is cached never changes
-    dynamo.config.recompile_limit = 64  # training, evaluation and generation, each with shapes of its own
     wrapper_of = wrappers(model)
-    layers = [module for module in model.modules() if isinstance(module, DecoderLayer)]
-    # What the norms give is needed by LoRA's thin products alone: a tenth of what a layer stores, and computed again from its
-    # input at hardly a price. Without LoRA the compiler would find something dearer to compute again (tools/LOG.md).
-    thin = any(isinstance(module, LoRALinear) for module in model.modules())
-    functorch_config.activation_memory_budget = 0.99 if thin else 1.0
-    for layer in layers:
-        wrapper_of.get(layer, layer).compile(fullgraph=True)
+    # What the norms give is needed by LoRA's thin products alone: a tenth of what a layer stores, and computed again from
+    # its input at hardly a price. Without LoRA the compiler would find something dearer to compute again (tools/LOG.md).
+    # Checkpointing says by itself what is stored, and is not to be asked for less.
+    thin = not wrapper_of and any(isinstance(module, LoRALinear) for module in model.modules())
+    for layer in [module for module in model.modules() if isinstance(module, DecoderLayer)]:
+        called = wrapper_of.get(layer, layer)
+        called.compile(fullgraph=True)
+        called._compiled_call_impl = _surrounded(called, called._compiled_call_impl, 0.99 if thin else 1.0)
+
+
+def _surrounded(layer: nn.Module, compiled: Any, budget: float) -> Callable[..., Any]:
+    """The compiled call of `layer` with what has to stand around it: the compiler's settings, which are the process's own
+    otherwise, and the random draws, which compiled code might repeat in backward (peft_impl/dropout.py)."""
+
+    def call(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with (
+            dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT),
+            functorch_config.patch(activation_memory_budget=budget),
+            drawn_masks(layer, hidden.device),
+        ):
+            return compiled(hidden, *args, **kwargs)
+
+    return call
 
 
 def wrappers(model: nn.Module) -> dict[nn.Module, nn.Module]:

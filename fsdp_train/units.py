@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 from llama.model import DecoderLayer
 
@@ -34,6 +35,8 @@ def sharding_units(model: nn.Module, whole_layers: bool = False) -> list[nn.Modu
 
     def visit(parent: nn.Module, unit_trains: bool) -> None:
         for child in parent.children():
+            if isinstance(child, CheckpointWrapper):  # never a unit: it is its layer, called in another way
+                child = child._checkpoint_wrapped_module
             called = not isinstance(child, nn.ModuleList | nn.ModuleDict)
             required = {p.requires_grad for p in child.parameters()}
             differs = called and required == {not unit_trains}

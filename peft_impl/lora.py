@@ -24,6 +24,7 @@ from llama import Llama
 from llama.errors import InputError, listing
 from llama.linear import Linear
 from peft_impl.adapters import METHODS, AdapterLeaf, Adapters, Method, adapters_of, option, renamed, select
+from peft_impl.dropout import Dropout
 from peft_impl.modules_to_save import Replaceable, attach_copies, detach_copies
 from peft_impl.targets import check_pattern, linear_targets, pattern_value, saved_targets
 
@@ -88,7 +89,7 @@ class LowRank(AdapterLeaf):
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)  # masters are fp32 beside a bf16 base
         kind: dict[str, Any] = {"dtype": dtype, "device": linear.weight.device}
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.A = nn.Parameter(torch.empty(r, linear.in_features, **kind))
         self.B = nn.Parameter(torch.empty(linear.out_features, r, **kind))
 
@@ -132,7 +133,7 @@ class DoraLowRank(LowRank):
 
     def forward(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         c = self.magnitude / self._row_norms(weight)  # in fp32: near one, bf16 has steps of 0.8 %
-        if self.training and self.dropout.p > 0:
+        if self.dropout.drops:
             x = self.dropout(x)  # one mask for both terms
             y = F.linear(x, weight.to(x.dtype))
         return (c - 1).to(x.dtype) * y + c.to(x.dtype) * self._project(x) * self.scale

@@ -23,11 +23,13 @@ class Replaceable(nn.Module):
     def forward(self, x: Tensor, labels: Tensor | None = None, *known: Tensor) -> Tensor:
         """As the module itself; with `labels` (the head's), the sum over rows of the loss of each row's own copy."""
         base, given = super().forward, (x,) if labels is None else (x, labels, *known)
-        used = {name: rows for name in self.copies if (rows := self.adapters.rows(name, x)) is not False}
-        for name, rows in used.items():
+        masks: dict[str, Tensor] = {}
+        for name, copied in self.copies.items():
+            rows = self.adapters.rows(name, x)
             if rows is True:
-                return cast(Tensor, self.copies[name](*given))
-        masks = {name: cast(Tensor, rows) for name, rows in used.items()}
+                return cast(Tensor, copied(*given))
+            if rows is not False:
+                masks[name] = rows
         if masks and labels is not None:
             rows_of = {name: mask.view(-1, *[1] * (labels.dim() - 1)) for name, mask in masks.items()}
             others = ~torch.stack(list(rows_of.values())).any(0)
