@@ -48,12 +48,15 @@ class Adapters:
     active: Choice = None
     merged: str | None = None
     kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _masks: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
+    _masks: dict[str, Tensor] = field(default_factory=dict)
 
-    def choose(self, active: Choice) -> None:
-        """Change the choice."""
+    def choose(self, active: Choice, device: torch.device | str = "cpu") -> None:
+        """Change the choice. Its masks are made here, once, for all modules: compiled layers must not keep anything."""
         self.active = active
         self._masks.clear()
+        if isinstance(active, tuple):
+            for name in self.configs:
+                self._masks[name] = torch.tensor([row == name for row in active], device=device)
 
     def rows(self, name: str, like: Tensor) -> bool | Tensor:
         """Which rows of `like` (B, ...) go through adapter `name`: all (True), none (False), or a mask (B, 1, ...).
@@ -70,9 +73,8 @@ class Adapters:
             return self.active == name
         if len(self.active) != len(like):
             raise InputError(f"set_adapter chose for {len(self.active)} rows, but the batch has {len(like)}")
-        if (name, like.device) not in self._masks:  # once per choice, not once per module: on a GPU it is a copy
-            self._masks[name, like.device] = torch.tensor([row == name for row in self.active], device=like.device)
-        return self._masks[name, like.device].view(-1, *[1] * (like.dim() - 1))
+        # A copy only where the parameters wait in the host's memory.
+        return self._masks[name].to(like.device).view(-1, *[1] * (like.dim() - 1))
 
     def check_name(self, name: str) -> None:
         """Raise InputError unless `name` is an adapter of this model."""
@@ -251,7 +253,8 @@ def set_adapter(model: nn.Module, name: str | Sequence[str | None] | None) -> No
             state.check_name(one)
     if state.merged is not None:
         raise InputError(f"adapter {state.merged!r} is merged into the base; unmerge it before choosing")
-    state.choose(name if name is None or isinstance(name, str) else tuple(names))
+    device = next(model.parameters()).device
+    state.choose(name if name is None or isinstance(name, str) else tuple(names), device)
 
 
 def remove_adapter(model: Llama, name: str) -> None:

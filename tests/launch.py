@@ -42,7 +42,9 @@ def torchrun(processes: int, *flags: object, cwd: Path = ROOT, check: bool = Tru
     return done
 
 
-def spawn(processes: int, worker: Callable[..., Any], *arguments: Any, tmp_path: Path) -> list[Any]:
+def spawn(
+    processes: int, worker: Callable[..., Any], *arguments: Any, tmp_path: Path, seconds: float = SECONDS
+) -> list[Any]:
     """Run `worker(rank, *arguments)` in each of N processes with torchrun's environment; return what they return, by rank.
 
     Workers return tensors, numbers and containers of them. A worker opens `process_group` once: a second one would meet at
@@ -51,12 +53,12 @@ def spawn(processes: int, worker: Callable[..., Any], *arguments: Any, tmp_path:
     multiprocessing.set_forkserver_preload(PRELOADED)
     given = (processes, free_port(), tmp_path, worker, arguments)
     context = mp.start_processes(_entry, given, nprocs=processes, join=False, start_method="forkserver")
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + seconds
     while not context.join(timeout=1):
         if time.monotonic() > deadline:
             for process in context.processes:
                 process.kill()
-            raise AssertionError(f"{worker.__name__} did not end in {SECONDS} s on {processes} processes")
+            raise AssertionError(f"{worker.__name__} did not end in {seconds} s on {processes} processes")
     return [torch.load(tmp_path / f"result_{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
