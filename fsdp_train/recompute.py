@@ -58,20 +58,26 @@ def checkpoint_activations(model: nn.Module, kind: str, compiled: bool = False) 
 
 
 class _Checkpointed(CheckpointWrapper):
-    """Computes its layer again in backward; where there is none to come (evaluation, generation), it is the layer."""
+    """Computes its layer again in backward; where there is none to come (evaluation, generation, layers below all that
+    trains), it is the layer."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return self._checkpoint_wrapped_module(*args, **kwargs)
-        return super().forward(*args, **kwargs)
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or (torch.compiler.is_compiling() and not self._differentiates(hidden)):
+            return self._checkpoint_wrapped_module(hidden, *args, **kwargs)
+        return super().forward(hidden, *args, **kwargs)
+
+    def _differentiates(self, hidden: Tensor) -> bool:
+        """To the compiler, which refuses to compute again what no backward asks for. Not for `FullyShardedDataParallel`,
+        which holds the layer's parameters outside of it; uncompiled, checkpointing itself stores nothing there."""
+        return hidden.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
 
 
 class _Offloaded(_Checkpointed):
     """What a checkpointed layer stores, its input, goes to the host, through pinned memory, and comes back for backward."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         with save_on_cpu(pin_memory=torch.cuda.is_available()):
-            return super().forward(*args, **kwargs)
+            return super().forward(hidden, *args, **kwargs)
 
 
 class _Keep(TorchDispatchMode):

@@ -145,7 +145,7 @@ def errors(setting: dict[str, Any], world: World) -> list[float]:
     )
     # A double precision that the settings do not have.
     with (
-        mock.patch("fsdp_train.parallel.precision_of", lambda *_: DOUBLE),
+        mock.patch("fsdp_train.parallel.precision_of", return_value=DOUBLE),
         mock.patch.object(DoraLowRank, "_row_norms", lambda leaf, weight: leaf.norms),
     ):
         placed = place_model(model, config, world).train()

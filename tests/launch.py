@@ -42,9 +42,7 @@ def torchrun(processes: int, *flags: object, cwd: Path = ROOT, check: bool = Tru
     return done
 
 
-def spawn(
-    processes: int, worker: Callable[..., Any], *arguments: Any, tmp_path: Path, seconds: float = SECONDS
-) -> list[Any]:
+def spawn(processes: int, worker: Callable[..., Any], *arguments: Any, tmp_path: Path, seconds: float = SECONDS) -> list[Any]:
     """Run `worker(rank, *arguments)` in each of N processes with torchrun's environment; return what they return, by rank.
 
     Workers return tensors, numbers and containers of them. A worker opens `process_group` once: a second one would meet at

@@ -22,6 +22,7 @@ from fsdp_train.step import train_step
 from fsdp_train.strategy import ParallelConfig, chosen_strategy
 from fsdp_train.world import World, process_group
 from llama.errors import InputError
+from peft_impl import LlamaAdapterConfig, LoraConfig, PrefixTuningConfig, add_adapter, set_adapter
 from tests.fsdp_train.common import build, samples
 from tests.launch import spawn
 from tests.oracle import largest
@@ -122,6 +123,30 @@ def test_a_cache_in_grains_is_the_cache() -> None:
         found = [model(rest[:, i : i + 1], cache=cache) for i in range(4)]
         assert largest(torch.cat(found, 1), expected) < 1e-12
         assert cache.shown % grain == 0
+
+
+@pytest.mark.parametrize("kind", ["none", "full", "selective"])
+def test_adapters_chosen_per_row_are_compiled_and_checkpointed(kind: str, traced: list[int]) -> None:
+    """Two of LoRA, one with a norm of its own, prompts and prefixes, in one batch; then other rows."""
+    losses: dict[bool, list[float]] = {}
+    for compiled in (False, True):
+        model = build("lora")
+        add_adapter(model, LoraConfig(r=4, modules_to_save=("input_layernorm",)), "normed")
+        add_adapter(model, LlamaAdapterConfig(adapter_len=3, adapter_layers=2), "prompt")
+        add_adapter(model, PrefixTuningConfig(num_virtual_tokens=3), "prefix")
+        if compiled and kind != "none":
+            checkpoint_activations(model, kind, True)
+        if compiled:
+            compile_layers(model)
+        for rows in (["default", "normed", None, "prompt"], ["prefix", "normed", "prompt", None]):
+            set_adapter(model, rows)
+            ids = IDS.repeat(2, 1)
+            loss = model(ids, labels=ids)
+            loss.backward()
+            slope = sum(p.grad.abs().sum().item() for p in model.parameters() if p.grad is not None)
+            losses.setdefault(compiled, []).extend((loss.item(), slope))
+    assert losses[True] == pytest.approx(losses[False], rel=SAME)
+    assert traced
 
 
 # --- several processes --------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch._dynamo as dynamo
 import torch._functorch.config as functorch_config
 
@@ -34,7 +33,7 @@ CASES = [  # method's flags, checkpointing, precision, more flags
     ([LORA + "modules_to_save", "mlp,embed_tokens"], "selective", "fp32", SILENT),
     (["--finetune.method", "prefix", "--finetune.prefix.prefix_projection", "true"], "full", "fp32", GENERATING),
     (["--finetune.method", "prefix"], "selective", "fp32", ["--data.packing", "true", *SILENT]),
-    (["--finetune.method", "llama_adapter", "--finetune.llama_adapter.adapter_layers", "2",
+    (["--finetune.method", "llama_adapter", "--finetune.llama_adapter.adapter_layers", "1",
       "--finetune.llama_adapter.gate", "head", "--finetune.llama_adapter.gate_activation", "tanh"], "full", "fp32", SILENT),
     (["--finetune.method", "partial", "--finetune.partial.train", "last:1"], "full", "fp32", GENERATING),
     (["--finetune.method", "full"], "selective", "fp16", SILENT),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fsdp_train.parallel import plain_name
-from fsdp_train.recompute import checkpoint_activations
-from tests.fsdp_train.common import ADAPTERS, build
+from fsdp_train.build import wrap_model
+from fsdp_train.data import collate
+from fsdp_train.optim import OptimConfig
+from fsdp_train.parallel import full_trainable_state, held_bytes, plain_name
+from fsdp_train.recompute import checkpoint_activations, wrappers
+from fsdp_train.step import train_step
+from fsdp_train.strategy import ParallelConfig
+from fsdp_train.units import shares, total_bytes
+from fsdp_train.world import World, process_group
+from peft_impl import select_parameters, train_only
+from tests.fsdp_train.common import ADAPTERS, build, samples
+from tests.launch import spawn
+from tests.oracle import largest
 
 IDS = torch.randint(97, (2, 16), generator=torch.Generator().manual_seed(0))
 GRADIENT = 1e-6
@@ -89,3 +100,55 @@ def test_the_same_gradients_for_the_work_that_is_said(method: str) -> None:
     for found in (full[3], selective[3]):
         assert found.keys() == gradients.keys()
         assert max((found[name] - gradients[name]).abs().max().item() for name in gradients) <= GRADIENT
+
+
+def test_nothing_is_checkpointed_where_nothing_is_differentiated() -> None:
+    model, calls = build("lora"), []
+    checkpoint_activations(model, "full")
+    for wrapper in wrappers(model).values():
+        checkpoint: Any = wrapper.checkpoint_fn
+        wrapper.checkpoint_fn = lambda *given, checkpoint=checkpoint: calls.append(1) or checkpoint(*given)  # type: ignore
+    with torch.no_grad():
+        expected = model(IDS)
+    assert not calls
+    assert torch.equal(model(IDS), expected)
+    assert len(calls) == 3
+
+
+# --- whole layers that train in a frozen model, sharded -----------------------------------------------------------------
+
+# First and last; those that data would choose; the model that they are chosen on; a tied weight; parts of layers.
+PATTERNS = ("last:1", "first:1", "layers.1", "layers.*", "embeddings", "norms")
+
+
+def after_a_step(world: World, pattern: str, **parallel: Any) -> dict[str, Tensor]:
+    """What trains, one SGD step on; each process holds what the arithmetic says."""
+    model = build("full", "tied" if pattern == "embeddings" else "gqa")
+    train_only(model, select_parameters(model, (pattern,)))
+    config = ParallelConfig(precision="fp32", **parallel)
+    rows = shares(model, world.size, config.strategy == "fsdp2", world.rank)
+    wrapped, _ = wrap_model(model, config, OptimConfig(), world)
+    assert held_bytes(wrapped) == total_bytes(rows)[0]
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.2)
+    train_step(wrapped, optimizer, [collate(samples(4)[world.rank :: world.size], world.device)], world, 0.0, 0)
+    return full_trainable_state(wrapped, world)
+
+
+def checkpointed_and_sharded(rank: int) -> dict[str, dict[str, Tensor]]:
+    with process_group(ParallelConfig(strategy="fsdp2")) as world:
+        return {
+            f"{pattern} {strategy} {kind}": after_a_step(world, pattern, strategy=strategy, activation_checkpointing=kind)
+            for pattern in PATTERNS
+            for strategy in ("fsdp", "fsdp2")
+            for kind in ("full", "selective")
+        }
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_whole_layers_that_train_are_checkpointed_and_sharded(processes: int, tmp_path: Path) -> None:
+    found = spawn(processes, checkpointed_and_sharded, tmp_path=tmp_path)[0]
+    expected = {p: after_a_step(World(0, 1, 0, 1, torch.device("cpu")), p, strategy="none") for p in PATTERNS}
+    for name, tensors in found.items():
+        plain = expected[name.split()[0]]
+        assert tensors.keys() == plain.keys()
+        assert max(largest(tensors[key], plain[key]) for key in plain) < GRADIENT, name
