@@ -32,7 +32,6 @@ from fsdp_train.partial import PartialConfig, RankedLayer, Unfreezing, rank_laye
 from fsdp_train.record import Facts, config_toml
 from fsdp_train.run_directory import (
     CHECKPOINTS,
-    PATIENCE,
     Beginning,
     RunDirectory,
     beginning_of,
@@ -41,6 +40,7 @@ from fsdp_train.run_directory import (
     remove_litter,
     set_aside,
 )
+from fsdp_train.run_lock import PATIENCE
 from fsdp_train.settings import as_text, values_of
 from fsdp_train.signals import Signals, Stopped
 from fsdp_train.step import NonFiniteError

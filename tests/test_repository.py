@@ -88,10 +88,3 @@ def test_ci_runs_the_test_block_of_the_readme() -> None:
     assert "pytest" in blocks[1]
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "README.md" in script  # it extracts the second block and has no copy of it
-
-
-def test_files_stay_readable() -> None:
-    """A file beyond 320 lines has two ideas."""
-    for package in PACKAGES:
-        for path in modules(package):
-            assert len(path.read_text(encoding="utf-8").splitlines()) <= 320, path

@@ -16,13 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fsdp_train import run_directory
+from fsdp_train import run_lock
 from fsdp_train.checkpoint import Checkpoints
 from fsdp_train.checkpoint_files import checkpoints
 from fsdp_train.config import RunConfig
 from fsdp_train.data import Dataset
 from fsdp_train.main import main
-from fsdp_train.run_directory import LOCK_FILE, RunDirectory, RunLock, remove_litter
+from fsdp_train.run_directory import RunDirectory, remove_litter
+from fsdp_train.run_lock import LOCK_FILE, RunLock
 from llama.errors import InputError
 
 ELSEWHERE = {"host": "node7", "boot": "another kernel", "process": 77, "since": "noon", "token": "x"}
@@ -35,17 +36,17 @@ def quiet(text: str) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second of patience instead of thirty, with signs of life as much more often."""
-    monkeypatch.setattr(run_directory, "PATIENCE", 1.0)
-    monkeypatch.setattr(run_directory, "BEAT", 0.1)
-    monkeypatch.setattr(run_directory, "POLL", 0.05)
-    monkeypatch.setattr(run_directory, "CONFIRMATION", 0.05)
+    monkeypatch.setattr(run_lock, "PATIENCE", 1.0)
+    monkeypatch.setattr(run_lock, "BEAT", 0.1)
+    monkeypatch.setattr(run_lock, "POLL", 0.05)
+    monkeypatch.setattr(run_lock, "CONFIRMATION", 0.05)
 
 
 @pytest.fixture(params=["flock", "signs of life"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, quick: None) -> str:
     """Both ways to lock: the second is what a file system without flock leaves."""
     if request.param != "flock":
-        monkeypatch.setattr(run_directory, "_flock", lambda file: None)
+        monkeypatch.setattr(run_lock, "_flock", lambda file: None)
     return str(request.param)
 
 
@@ -158,12 +159,12 @@ def test_a_silent_holder_elsewhere_is_waited_for_no_longer_than_patience(
     """Whatever flock says of another host's lock: granted, refused (its server holds it), or nothing."""
     path = tmp_path / LOCK_FILE
     path.write_text(json.dumps(ELSEWHERE))
-    old, real = path.stat().st_ino, run_directory._flock
+    old, real = path.stat().st_ino, run_lock._flock
 
     def flock(file: int) -> bool | None:
         return granted if os.fstat(file).st_ino == old else real(file)
 
-    monkeypatch.setattr(run_directory, "_flock", flock)
+    monkeypatch.setattr(run_lock, "_flock", flock)
     said: list[str] = []
     began = time.monotonic()
     lock = RunLock(tmp_path, 1.0, said.append)
@@ -180,7 +181,7 @@ def test_a_living_holder_elsewhere_keeps_its_lock(
 ) -> None:
     path = tmp_path / LOCK_FILE
     path.write_text(json.dumps(ELSEWHERE))
-    monkeypatch.setattr(run_directory, "_flock", lambda file: granted)
+    monkeypatch.setattr(run_lock, "_flock", lambda file: granted)
     ended = threading.Event()
 
     def live() -> None:
