@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -70,9 +71,11 @@ def new_directory(path: str | os.PathLike[str], replace: bool = False) -> Iterat
 
 def cannot_write(path: str | os.PathLike[str], error: BaseException, needed: int | None = None) -> str:
     """One line for people on a file or directory that could not be written: its path, the reason,
-    the bytes that were needed (where that is known), and what is free there."""
+    and of a full disk the bytes that were needed (where that is known) and what is free there."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    with suppress(OSError):  # a name too long even to ask for
+    if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"{path} cannot be written: {reason}"
+    with suppress(OSError):
         existing = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
         free = f"{shutil.disk_usage(existing).free / 1e9:.2f} GB are free there"
         reason += f"; {free}" if needed is None else f"; {needed / 1e9:.2f} GB are needed, {free}"

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections import namedtuple
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -171,16 +172,13 @@ def test_the_disk_must_have_room_for_the_result_and_the_checkpoints(
         shutil.rmtree(out)
 
 
-def test_a_resumed_run_needs_room_for_what_is_still_to_come(tmp_path: Path) -> None:
+def test_a_resumed_run_needs_room_for_what_is_still_to_come() -> None:
     config = CheckpointConfig(every=10, keep=2)
-    for existing, needed in ((0, 3), (1, 2), (2, 1), (3, 0)):
-        assert room_for(config, tmp_path, 1000, 100, 0) == 12_000 * needed
-        assert room_for(config, tmp_path, 1000, 100, 5) == 12_000 * (needed + 1)  # and the best
-        path = tmp_path / f"step_{existing + 1:08d}"
-        path.mkdir()
-        (path / "state.json").write_text("{}")
-    assert room_for(CheckpointConfig(every=0), tmp_path, 1000, 100, 5) == 0
-    assert room_for(CheckpointConfig(every=99, keep=9), tmp_path / "x", 1000, 100, 0) == 24_000  # on the way, and at the end
+    for present, needed in ((0, 3), (1, 2), (2, 1), (3, 0)):
+        assert room_for(config, present, 1000, 100, 0) == 12_000 * needed
+        assert room_for(config, present, 1000, 100, 5) == 12_000 * (needed + 1)  # and the best
+    assert room_for(CheckpointConfig(every=0), 0, 1000, 100, 5) == 0
+    assert room_for(CheckpointConfig(every=99, keep=9), 0, 1000, 100, 0) == 24_000  # on the way, and at the end
 
 
 @pytest.mark.parametrize("method", ["partial", "lora"])
@@ -221,7 +219,7 @@ def test_a_directory_that_takes_no_other_ends_the_run_before_its_first_step(
         main(flags(model_dir, alpaca_file, tmp_path / "out"))
     said = capsys.readouterr()
     assert stopped.value.code == 2
-    assert said.err == f"error: cannot write below {tmp_path / 'out'}: Permission denied\n"
+    assert said.err == f"error: {tmp_path / 'out'} cannot be written: Permission denied\n"
     assert "step 1/" not in said.out
     assert not (tmp_path / "out").exists()
 
@@ -243,7 +241,7 @@ def test_a_run_that_is_refused_spares_the_one_before(
     before = {name: (out / name).read_bytes() for name in files_below(out) if (out / name).is_file()}
     assert any(name.startswith("checkpoints/") for name in before)
     with full_disk(), pytest.raises(SystemExit):
-        main([*command, "--checkpoint.resume", "none", "--optim.lr", "1e-3"])
+        main([*command, "--checkpoint.overwrite", "true", "--optim.lr", "1e-3"])
     assert {name: (out / name).read_bytes() for name in files_below(out) if (out / name).is_file()} == before
 
 
@@ -283,18 +281,20 @@ def saving(rank: int, model_dir: Path, data: Path, out: Path) -> dict[str, Any]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(artefact, "trained_tensors", watched(seen, most))
             more = ("--parallel.precision", "fp32", "--train.max_shard_gb", SMALL)
-            complete(Run(parse_config(flags(model_dir, data, out / "full", *more, method=("full",))), world))
+            config = parse_config(flags(model_dir, data, out / "full", *more, method=("full",)))
+            with closing(Run(config, world)) as run:
+                complete(run)
         found["tensors"], found["most"] = len(seen), max(most, default=0)
-        run = Run(parse_config(flags(model_dir, data, out / "partial")), world)
-        run.prepare()
-        try:
-            if rank == 0:
-                with full_disk():
+        with closing(Run(parse_config(flags(model_dir, data, out / "partial")), world)) as run:
+            run.prepare()
+            try:
+                if rank == 0:
+                    with full_disk():
+                        run.wrap()
+                else:
                     run.wrap()
-            else:
-                run.wrap()
-        except InputError as error:
-            found["error"] = str(error)
+            except InputError as error:
+                found["error"] = str(error)
     return found
 
 
