@@ -70,23 +70,24 @@ def fine_tune(config: RunConfig) -> None:
         InputError: before the first step, on every process alike.
         NonFiniteError: at the step that would have spoilt the weights.
     """
-    with process_group(config.parallel) as world, closing(Run(config, world)) as run:
-        complete(run)
+    with process_group(config.parallel) as world:
+        complete(Run(config, world))
 
 
 def complete(run: Run) -> None:
-    """The steps of a run, in order."""
+    """The steps of a run, in order. Its directory is another run's to use when it ends, however it ends."""
     started = time.perf_counter()
-    with run.world.together():
-        for line in run.config.checked(run.world.size):
-            run.tell(line)
-    run.prepare()
-    run.wrap()
-    before = run.measure("before")
-    run.train()
-    run.save()  # before measuring: whatever happens there, what was trained is kept
-    after = run.measure("after")
-    run.sum_up(before, after, time.perf_counter() - started)
+    with closing(run):
+        with run.world.together():
+            for line in run.config.checked(run.world.size):
+                run.tell(line)
+        run.prepare()
+        run.wrap()
+        before = run.measure("before")
+        run.train()
+        run.save()  # before measuring: whatever happens there, what was trained is kept
+        after = run.measure("after")
+        run.sum_up(before, after, time.perf_counter() - started)
 
 
 if __name__ == "__main__":

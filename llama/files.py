@@ -73,7 +73,8 @@ def cannot_write(path: str | os.PathLike[str], error: BaseException, needed: int
     """One line for people on a file or directory that could not be written: its path, the reason,
     and of a full disk the bytes that were needed (where that is known) and what is free there."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    # Not by its number: what another process or a library has met arrives as text.
+    if not any(os.strerror(code) in reason for code in (errno.ENOSPC, errno.EDQUOT)):
         return f"{path} cannot be written: {reason}"
     with suppress(OSError):
         existing = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())

@@ -282,8 +282,7 @@ def saving(rank: int, model_dir: Path, data: Path, out: Path) -> dict[str, Any]:
             patch.setattr(artefact, "trained_tensors", watched(seen, most))
             more = ("--parallel.precision", "fp32", "--train.max_shard_gb", SMALL)
             config = parse_config(flags(model_dir, data, out / "full", *more, method=("full",)))
-            with closing(Run(config, world)) as run:
-                complete(run)
+            complete(Run(config, world))
         found["tensors"], found["most"] = len(seen), max(most, default=0)
         with closing(Run(parse_config(flags(model_dir, data, out / "partial")), world)) as run:
             run.prepare()

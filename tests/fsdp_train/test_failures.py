@@ -112,9 +112,9 @@ CASES: dict[str, tuple[Callable[[], None], int, list[int | None], str]] = {  # w
     "bad sample on rank 0": (a_bad_sample, 0, [1, 1], "error: ValueError: sample 7 makes no sense"),
     "refusal of one": (a_refusal_of_one, 1, [1, 2], "error: only this process cannot go on"),
     "not finite": (a_loss_that_is_not_finite, 1, [3, 3], "error: step 5: the loss is nan, from the samples of rank 1: "),
-    "full disk": (a_full_disk, 0, [2, 2], "No space left on device; those before it are whole"),
-    "full disk elsewhere": (a_full_disk, 1, [2, 2], "No space left on device; those before it are whole"),
-    "full disk at the end": (a_full_disk_at_the_end, 0, [2, 2], "No space left on device; those before it are whole"),
+    "full disk": (a_full_disk, 0, [2, 2], "No space left on device; 0.00 GB are needed, "),
+    "full disk elsewhere": (a_full_disk, 1, [2, 2], "No space left on device; 0.00 GB are needed, "),
+    "full disk at the end": (a_full_disk_at_the_end, 0, [2, 2], "No space left on device; 0.00 GB are needed, "),
     "no disk": (a_directory_that_cannot_be_made, 0, [2, 2], "Read-only file system; those before it are whole"),
     "killed": (a_kill, 1, [1, -9], "error: rank 0 lost another process, or waited for it longer than --parallel.timeout: "),
     "killed, rank 0": (
