@@ -293,9 +293,10 @@ class Run:
         adapters = getattr(self.model, "adapters", None)
         adapter = next(iter(adapters.configs.values())) if adapters else None
         parallel = self.config.parallel
-        precision = {"parallel.precision": dtype_name(self.dtype)}
-        if self.strategy in SHARDED:
-            precision["parallel.reduce_dtype"] = parallel.reduce_dtype
+        precision = {
+            "parallel.precision": dtype_name(self.dtype),
+            "parallel.reduce_dtype": parallel.reduce_dtype if self.strategy in SHARDED else "fp32",
+        }
         if self.trainable < self.total:
             precision["frozen dtype"] = dtype_name(frozen_dtype(self.config.model, self.dtype))
         return identity_of(

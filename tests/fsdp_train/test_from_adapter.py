@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import llama
 from fsdp_train.build import FinetuneConfig, ModelConfig, build_model
@@ -19,6 +18,7 @@ from fsdp_train.settings import parse_flags
 from llama.errors import InputError
 from llama.weight_files import open_weights
 from peft_impl import LlamaAdapterConfig, LoraConfig, PrefixTuningConfig, add_adapter, read_adapter, save_adapter
+from peft_impl.dropout import Dropout
 from tests.fsdp_train.common import toml_line
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -138,7 +138,7 @@ def test_a_given_dropout_holds_in_training(
     model, _ = build_model(
         open_weights(model_dir), ModelConfig(str(model_dir)), finetune, target, (), seed=0, dtype=torch.float32
     )
-    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {used}
+    assert {m.p for m in model.modules() if isinstance(m, Dropout)} == {used}
     told = f"--finetune.lora.lora_dropout {used}: holds in this training; {saved('lora')} has 0.25"
     assert training_notes(finetune) == ([told] if given else [])
 
