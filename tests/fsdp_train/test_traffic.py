@@ -62,9 +62,14 @@ def expected(model: nn.Module, world: World, config: ParallelConfig) -> dict[str
     return {"_allgather_base_": gathered * world.size, "_reduce_scatter_base_": scattered * world.size}
 
 
+def as_it_is(module: nn.Module, **options: object) -> None:
+    """A compiler that changes nothing."""
+    module._compiled_call_impl = module._call_impl  # type: ignore[assignment]
+
+
 def measured(rank: int) -> dict[str, Any]:
     plain = nn.Module.compile
-    nn.Module.compile = lambda self, **options: None  # type: ignore[method-assign]  # the units are what counts here
+    nn.Module.compile = as_it_is  # type: ignore[method-assign]  # the units are what counts here
     found: dict[str, Any] = {}
     with process_group(ParallelConfig(strategy="fsdp")) as world:
         for name, settings in SETTINGS.items():
