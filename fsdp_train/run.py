@@ -243,12 +243,12 @@ class Run:
                 self.tell(f"rehearsed saving: {self.artefact.expected_bytes / 1e9:.2f} GB in {seconds:.0f} s")
         with self._writing():
             if self.world.rank == 0:
-                self._set_aside_what_is_not_used()
+                chosen = self.dtype, self.output, self.first_step, self.ranking
+                settings = config_toml(self.asked, Facts(self.inputs, self.world, *chosen))
+                self._set_aside_what_is_not_used(settings)
             self.metrics = Metrics(self.output / "metrics.jsonl", self.world.rank == 0, self.first_step)
             if self.world.rank == 0:
-                chosen = self.dtype, self.output, self.first_step, self.ranking
-                facts = Facts(self.inputs, self.world, *chosen)
-                write_whole(self.output / "config.toml", config_toml(self.asked, facts))
+                write_whole(self.output / "config.toml", settings)
                 if self.ranking:
                     save_ranking(self.ranking, self.output)
         with self._writing():
@@ -258,9 +258,16 @@ class Run:
                     f" {socket.gethostname()} does not see; give a directory on a file system that all hosts share"
                 )
 
-    def _set_aside_what_is_not_used(self) -> None:
-        """What another run left, if this one replaces it; and checkpoints that cannot be used."""
-        if self.beginning.replaces:
+    def _set_aside_what_is_not_used(self, settings: str) -> None:
+        """What another run left, if this one replaces it; and checkpoints that cannot be used.
+
+        Args:
+            settings: the text of this run's config.toml.
+        """
+        kept = self.output / "config.toml"
+        # A run that ended before its first checkpoint leaves its metrics; by the same settings they come again.
+        is_other = kept.is_file() and kept.read_text(encoding="utf-8") != settings
+        if self.beginning.replaces or (not self.beginning.own and is_other):
             unused = belongings(self.output)
         else:
             usable = set(checkpoints(self.output / CHECKPOINTS)) - set(self.damaged)

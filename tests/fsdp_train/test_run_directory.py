@@ -360,6 +360,31 @@ def test_a_finished_run_is_never_replaced_unasked(
     assert everything(out) == before
 
 
+def test_metrics_of_another_run_that_came_to_no_checkpoint_are_kept(
+    model_dir: Path, alpaca_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = flags(model_dir, alpaca_file, out, "--checkpoint.every", 0)
+    kill(command, 4)
+    before = (out / "metrics.jsonl").read_bytes()
+    assert before
+    main([*command, "--optim.lr", "1e-3"])
+    (aside,) = out.glob("replaced-*")
+    assert f"moved to {aside}: config.toml, metrics.jsonl" in capsys.readouterr().out
+    assert (aside / "metrics.jsonl").read_bytes() == before
+    assert [step for step, _ in rows(out)] == list(range(1, 9))
+
+
+def test_metrics_of_the_same_run_come_again(model_dir: Path, alpaca_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = flags(model_dir, alpaca_file, out, "--checkpoint.every", 0)
+    kill(command, 4)
+    before = rows(out)
+    main(command)
+    assert rows(out)[: len(before)] == before
+    assert not list(out.glob("replaced-*"))
+
+
 def test_two_runs_do_not_write_into_one_directory(
     other_run: Path, model_dir: Path, alpaca_file: Path, quick: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
