@@ -36,7 +36,11 @@ REHEARSAL = ".rehearsal"
 
 
 class Artefact:
-    """Where it goes, how large it is, and how it is written."""
+    """Where it goes, how large it is, and how it is written.
+
+    Attributes:
+        adapter: the configuration of the adapter that is kept; None where a whole model is.
+    """
 
     def __init__(
         self, config: RunConfig, target: LlamaConfig, base: Weights | None, model: nn.Module, tokenizer: Tokenizer | None,
@@ -53,7 +57,8 @@ class Artefact:
         """
         adapters = getattr(model, "adapters", None)
         adapter: Any = next(iter(adapters.configs.values())) if adapters else None
-        self._config, self._base, self._adapter, self._tokenizer, self._world = config, base, adapter, tokenizer, world
+        self.adapter = adapter
+        self._config, self._base, self._tokenizer, self._world = config, base, tokenizer, world
         self._trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         asked = config.model.dtype
         # Of a saved model. Adapters are fp32, as PEFT writes them, whatever the base is held in.
@@ -87,7 +92,7 @@ class Artefact:
 
     def size_note(self) -> str:
         """For people, before training: that what trains is kept in more bits than the base's files have for it."""
-        if self._adapter is not None or self._asked is not None or self._base is None:
+        if self.adapter is not None or self._asked is not None or self._base is None:
             return ""
         origins = [origin for name in self._trained if (origin := self._origin(name)) is not None]
         dtypes = {stored_dtype(self._base, origin) for origin in origins}
@@ -135,7 +140,7 @@ class Artefact:
         path = path or self.path
         written = 0
         with self._world.together():
-            if self._adapter is not None:
+            if self.adapter is not None:
                 state = full_trainable_state(model, self._world)
                 if self._world.rank == 0:
                     base = self._config.model.path
@@ -172,7 +177,7 @@ class Artefact:
             checksum: of the frozen weights, the same before and after training.
             held: the dtype that the run had them in.
         """
-        if self._adapter is not None:
+        if self.adapter is not None:
             where = ""
             if self._base is not None and not all(_holds(held, dtype) for dtype in self._frozen_dtypes()):
                 where = f" in the base's files, rounded to {dtype_name(held)} in this run"

@@ -297,8 +297,6 @@ class Run:
 
     def _identity(self, settings: dict[str, str]) -> dict[str, str]:
         """What a checkpoint and the run that continues it must have in common."""
-        adapters = getattr(self.model, "adapters", None)
-        adapter = next(iter(adapters.configs.values())) if adapters else None
         parallel = self.config.parallel
         precision = {
             "parallel.precision": dtype_name(self.dtype),
@@ -307,7 +305,7 @@ class Run:
         if self.trainable < self.total:
             precision["frozen dtype"] = dtype_name(frozen_dtype(self.config.model, self.dtype))
         return identity_of(
-            settings, self.inputs.target, adapter, self.trained, self.frozen_identity,
+            settings, self.inputs.target, self.artefact.adapter, self.trained, self.frozen_identity,
             self.inputs.data, self.inputs.plan.global_batch, precision,
         )  # fmt: skip
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-import torch
-
 import llama
 from fsdp_train.settings import fail
+from fsdp_train.strategy import DTYPES
 from llama import InputError
 from llama.files import check_free
 from peft_impl import load_adapter, match_head, merge_and_unload
@@ -29,8 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         check_free(options.output)
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: None}[options.dtype]
-        model = llama.load(options.model, dtype)
+        model = llama.load(options.model, None if options.dtype is None else DTYPES[options.dtype])
         note = match_head(model, options.adapter)
         load_adapter(model, options.adapter)
         report = merge_and_unload(model)
