@@ -59,8 +59,8 @@ DOUBLE = Precision(torch.float64, torch.float64, torch.float64)
 # --- the cases ----------------------------------------------------------------------------------------------------------
 
 
-def covering(factors: dict[str, tuple[Any, ...]], seed: int = 0) -> list[Case]:
-    """Cases that hold every pair of values of two factors that can be had together.
+def covering(factors: dict[str, tuple[Any, ...]], can_run: Callable[[dict[str, Any]], bool], seed: int = 0) -> list[Case]:
+    """Cases that hold every pair of values of two factors that can be had together, by `can_run`.
 
     Greedy: of some random completions of a pair that is missing, the one with the most that are missing.
     """
@@ -239,7 +239,7 @@ def groups(cases: Sequence[Case], size: int) -> list[list[Case]]:
     return [some[i : i + size] for some in (alone, together) for i in range(0, len(some), size)]
 
 
-CASES = covering(FACTORS)
+CASES = covering(FACTORS, can_run)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The program with compiled layers ends with the numbers of the run without: every method, checkpointing, generation.
 
-One test takes the compiler that users get; the others its passes without generated code, which takes most of its time.
+One test takes the compiler that users get; the others its passes without generated code, which takes most of its time. Every
+pair of settings with the generated code, on one process and two: `python -m tests.compiled_programs`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import torch._functorch.config as functorch_config
 
 import llama
 from fsdp_train.main import main
+from tests.compiled_programs import SAME, measured
 from tests.dropout_gradients import without_code
 from tests.fsdp_train.conftest import CONTEXT, VOCAB
 from tests.oracle import SHAPES, randomise
 
-SAME = {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.01}  # of a loss near 6: compiled code rounds elsewhere
 RUN = ["--train.max_steps", "2", "--train.batch_size", "2", "--log.every", "1", "--checkpoint.every", "0", "--optim.lr", "1e-3"]
 GENERATING = ["--train.samples", "1", "--train.exact_match", "2", "--train.sample_tokens", "3", "--data.eval_fraction", "0.2"]
 SILENT = ["--train.samples", "0"]
@@ -69,10 +70,8 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def numbers(out: Path, flags: list[str]) -> list[tuple[str, float]]:
-    """What a run measured: losses of its steps and of held-out data, exact matches."""
     main([*flags, *RUN, "--train.output_dir", str(out)])
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [(key, row[key]) for row in rows for key in ("loss", "eval_loss", "exact_match") if key in row]
+    return measured(out)
 
 
 def compare(base: Path, data: Path, case: tuple[Any, ...], tmp_path: Path) -> None:
