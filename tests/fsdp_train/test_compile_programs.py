@@ -28,15 +28,13 @@ SILENT = ["--train.samples", "0"]
 LORA = "--finetune.lora."
 CASES = [  # method's flags, checkpointing, precision, more flags
     ([], "full", "fp32", GENERATING),
-    ([LORA + "use_dora", "true"], "selective", "bf16", GENERATING),
+    ([LORA + "use_dora", "true"], "selective", "bf16", SILENT),
     ([LORA + "modules_to_save", "norm"], "none", "fp32", SILENT),
-    ([LORA + "modules_to_save", "gate_proj,lm_head"], "full", "fp32", GENERATING),
-    ([LORA + "modules_to_save", "mlp,embed_tokens"], "selective", "fp32", SILENT),
-    (["--finetune.method", "prefix", "--finetune.prefix.prefix_projection", "true"], "full", "fp32", GENERATING),
+    ([LORA + "modules_to_save", "gate_proj,embed_tokens,lm_head"], "full", "fp32", SILENT),
     (["--finetune.method", "prefix"], "selective", "fp32", ["--data.packing", "true", *SILENT]),
     (["--finetune.method", "llama_adapter", "--finetune.llama_adapter.adapter_layers", "1",
       "--finetune.llama_adapter.gate", "head", "--finetune.llama_adapter.gate_activation", "tanh"], "full", "fp32", SILENT),
-    (["--finetune.method", "partial", "--finetune.partial.train", "last:1"], "full", "fp32", GENERATING),
+    (["--finetune.method", "partial", "--finetune.partial.train", "last:1"], "full", "fp32", SILENT),
     (["--finetune.method", "full"], "selective", "fp16", SILENT),
     (["--finetune.method", "full", "--finetune.head.kind", "classification"], "full", "fp32", []),
 ]  # fmt: skip
