@@ -43,17 +43,16 @@ class KVCache:
     def __init__(self, num_layers: int, capacity: int, grain: int = 1) -> None:
         self.grain, self.capacity = grain, -(-capacity // grain) * grain
         self.extent = 0  # slots that any row may have filled: the longest row's length
+        # Slots that attention looks at. Rounded here, not where it is read: inside a compiled layer, the compiler would follow
+        # the rounding as a formula of the length, and its algebra over formulas of formulas may not end.
+        self.shown = 0
         self.positions: Tensor = torch.empty(0)
         self.layers = [LayerCache(self) for _ in range(num_layers)]
-
-    @property
-    def shown(self) -> int:
-        """Slots that attention looks at."""
-        return -(-self.extent // self.grain) * self.grain
 
     def advance(self, positions: Tensor) -> None:
         """Make room for one call's tokens, whose positions are (B, T). The longest row grows by exactly T."""
         self.positions = positions
         self.extent += positions.shape[1]
+        self.shown = -(-self.extent // self.grain) * self.grain
         if self.extent > self.capacity:
             raise ValueError(f"the cache has {self.capacity} slots; this call needs {self.extent}")

@@ -140,7 +140,7 @@ def main() -> None:
                 found = f"{difference(case, Path(directory)):.1e}"
                 right = float(found) < SAME[case[2]]
             except (Exception, SystemExit) as error:
-                found, right = f"{type(error).__name__}: {error}"[:300], False
+                found, right = f"{type(error).__name__}: {error}"[-300:], False
         wrong += not right
         seconds = time.monotonic() - began
         print(number, "right" if right else "WRONG", *case, found, f"{seconds:.0f} s", flush=True)
