@@ -194,7 +194,8 @@ def add_adapter(model: Llama, config: Any, name: str = "default", seed: int = 0)
             parameter.requires_grad_(True)
         raise
     for path, leaf in leaves.items():
-        leaf.reset_parameters(_generator(seed, path))
+        if not _is_meta(leaf):  # random numbers by the billion, for nothing
+            leaf.reset_parameters(_generator(seed, path))
     state.configs[name], state.seeds[name] = config, seed
     state.choose(name)
 
@@ -203,9 +204,13 @@ def materialise_adapter(model: nn.Module, name: str = "default") -> None:
     """Give an adapter of a base on the meta device its start, on the CPU. What it starts from the base's values (DoRA, whole
     copies of modules) is left where the base is."""
     for path, leaf in _leaves(model, name):
-        if any(parameter.is_meta for parameter in leaf.parameters()):
+        if _is_meta(leaf):
             leaf.to_empty(device="cpu")
             leaf.reset_parameters(_generator(adapters_of(model).seeds[name], path))
+
+
+def _is_meta(leaf: AdapterLeaf) -> bool:
+    return any(parameter.is_meta for parameter in leaf.parameters())
 
 
 def _leaves(model: nn.Module, name: str) -> Iterator[tuple[str, AdapterLeaf]]:

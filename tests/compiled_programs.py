@@ -28,6 +28,7 @@ from tests.oracle import SHAPES, randomise
 DEMO = Path(__file__).resolve().parents[1] / "fsdp_train" / "demo" / "base"
 SAME = {"fp32": 1e-5, "bf16": 0.02, "fp16": 0.01}  # of a loss near 6: compiled code rounds elsewhere
 LORA = "--finetune.lora."
+LAST = ("--finetune.method", "llama_adapter", "--finetune.llama_adapter.adapter_layers", "1")
 GATES = ("--finetune.llama_adapter.gate", "head", "--finetune.llama_adapter.gate_activation", "tanh")
 METHODS: dict[str, tuple[str, ...]] = {
     "lora": (),
@@ -35,8 +36,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "dora": (LORA + "use_dora", "true", LORA + "target_modules", "all-linear"),
     "lora, norms": (LORA + "modules_to_save", "norm"),
     "lora, lm_head": (LORA + "modules_to_save", "lm_head,embed_tokens"),
-    "llama_adapter": ("--finetune.method", "llama_adapter", "--finetune.llama_adapter.adapter_layers", "1"),
-    "llama_adapter, gates per head": ("--finetune.method", "llama_adapter", *GATES),
+    "llama_adapter": LAST,
+    "llama_adapter, gates per head": (*LAST, *GATES),
     "prefix": ("--finetune.method", "prefix"),
     "prefix, projected": ("--finetune.method", "prefix", "--finetune.prefix.prefix_projection", "true"),
     "full": ("--finetune.method", "full"),

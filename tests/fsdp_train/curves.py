@@ -18,7 +18,7 @@ from fsdp_train.world import process_group
 from tests.launch import spawn
 
 STEPS, GLOBAL_BATCH = 50, 8
-CURVE = 1e-5  # per step, fp32: the bound; different kernels and orders of summation
+CURVE = 1e-5  # per step, fp32: different kernels and orders of summation
 
 
 def tokens_file(path: Path, vocab: int) -> list[tuple[list[int], list[int]]]:

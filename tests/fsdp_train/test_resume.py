@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.fsdp_train.curves import run_on
 
 STEPS, CUT, BATCH = 5, 2, 4  # 2.5 steps per epoch: the cut is in the middle of one
-SAME = 1e-6  # per step and element, fp32: the bound; other orders of summation
+SAME = 1e-6  # per step and element, fp32: other orders of summation
 FORMS = {
     "none": (),
     "ddp": ("--parallel.strategy", "ddp"),
