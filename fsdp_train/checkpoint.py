@@ -223,7 +223,7 @@ class Checkpoints:
                     write_json(temporary / STATE_FILE, state)
                     self.may_write()
                     temporary.rename(final)
-                    self._remove_old()
+                    self.remove_old()
         except BaseException as error:  # DCP's own errors are not Exceptions
             size = sum(part.values.nbytes for part in parts.values())
             why = cannot_write(final, cause_of(error), size)
@@ -240,7 +240,8 @@ class Checkpoints:
             except OSError as error:
                 raise InputError(error.strerror or str(error)) from None
 
-    def _remove_old(self) -> None:
+    def remove_old(self) -> None:
+        """Remove all but the newest `keep` and the one with the best evaluation loss. For rank 0."""
         found = checkpoints(self.directory)
         scored = [(loss, path) for path in found if (loss := read_json(path / STATE_FILE).get("eval_loss")) is not None]
         best = min(scored)[1] if scored else None

@@ -246,6 +246,7 @@ class Run:
                 chosen = self.dtype, self.output, self.first_step, self.ranking
                 settings = config_toml(self.asked, Facts(self.inputs, self.world, *chosen))
                 self._set_aside_what_is_not_used(settings)
+                self.checkpoints.remove_old()  # which a start that ended between writing and removing has left
             self.metrics = Metrics(self.output / "metrics.jsonl", self.world.rank == 0, self.first_step)
             if self.world.rank == 0:
                 write_whole(self.output / "config.toml", settings)

@@ -257,6 +257,27 @@ def test_the_best_is_kept_beside_the_newest(
     assert kept[4:] == [[20], [20, 22]]
 
 
+def test_what_could_not_be_removed_goes_at_the_next_start(
+    finished: Path, model_dir: Path, alpaca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoint is written, and then the disk is full: no later one comes to remove those before it."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    command = flags(model_dir, alpaca_file, out, "--checkpoint.keep", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("fsdp_train.checkpoint.remove", full)
+        with pytest.raises(SystemExit):
+            main(command)
+    assert [p.name for p in checkpoints(out / "checkpoints")] == ["step_00000010", "step_00000012"]
+    shutil.rmtree(out / "adapter")  # for which there was room here
+    main(command)
+    assert [p.name for p in checkpoints(out / "checkpoints")] == ["step_00000012"]
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(
     model_dir: Path, alpaca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
