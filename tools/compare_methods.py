@@ -64,6 +64,7 @@ LABELS: dict[str, dict[str, Any]] = {
 }
 TASKS = {"facts": ANSWERS, "sentences": ANSWERS, "labels": LABELS}
 CORPUS_DOCUMENTS = 300  # none of them in the base's training corpus
+QUESTIONS = 240  # answered before and after each run
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def measure(directory: Path, task: str, method: str, corpus: Dataset, before: fl
     flags: dict[str, Any] = {"finetune.method": name, "train.output_dir": run, "train.samples": 0}
     flags |= {"data.path": directory / "train.jsonl", "data.eval_path": directory / "held_out.jsonl", **TASKS[task][method]}
     flags |= {"finetune.head.feature_cache": directory / "features"} if classifies and name == "head" else {}
-    flags |= {} if classifies else {"train.exact_match": 240}
+    flags |= {} if classifies else {"train.exact_match": QUESTIONS}
     flags |= {"train.max_steps": max_steps} if max_steps else {}
     flags["config"] = settings_file(directory, "head" if classifies else "full" if name == "head" else name)
     started = time.perf_counter()

@@ -21,6 +21,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[compare_methods.Row]:
         "labels": {name: labels[name] for name in ("head", "lora")},
     }
     patch.setattr(compare_methods, "TASKS", chosen)
+    patch.setattr(compare_methods, "CORPUS_DOCUMENTS", 20)
+    patch.setattr(compare_methods, "QUESTIONS", 16)
     output = tmp_path_factory.mktemp("compared") / "out"
     made: list[compare_methods.Row] = []
     compare = compare_methods.compare
