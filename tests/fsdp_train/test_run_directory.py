@@ -155,15 +155,17 @@ def test_a_silent_holder_elsewhere_is_waited_for_no_longer_than_patience(
     """Whatever flock says of another host's lock: granted, refused (its server holds it), or nothing."""
     path = tmp_path / LOCK_FILE
     path.write_text(json.dumps(ELSEWHERE))
-    old, real = path.stat().st_ino, run_lock._flock
-
-    def flock(file: int) -> bool | None:
-        return granted if os.fstat(file).st_ino == old else real(file)
-
-    monkeypatch.setattr(run_lock, "_flock", flock)
+    real = run_lock._flock
     said: list[str] = []
-    began = time.monotonic()
-    lock = RunLock(tmp_path, 1.0, said.append)
+    with path.open() as old:  # as long as it is open, no new file has its number
+
+        def flock(file: int) -> bool | None:
+            is_old = os.path.samestat(os.fstat(file), os.fstat(old.fileno()))
+            return granted if is_old else real(file)
+
+        monkeypatch.setattr(run_lock, "_flock", flock)
+        began = time.monotonic()
+        lock = RunLock(tmp_path, 1.0, said.append)
     assert time.monotonic() - began >= 1
     assert "process 77 on node7 (since noon) is writing here" in said[0]
     assert "no sign of life for 1 s; the lock is taken" in said[1]
