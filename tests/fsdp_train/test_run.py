@@ -143,7 +143,7 @@ def test_full_fine_tuning_with_two_processes(model_dir: Path, alpaca_file: Path,
 
 
 @needs_data
-def test_the_issues_own_command(tmp_path: Path) -> None:
+def test_a_real_model_learns_real_instructions(tmp_path: Path) -> None:
     """Two processes, FSDP on the CPU, a real pre-trained Llama and real instructions."""
     done = torchrun(
         2,
