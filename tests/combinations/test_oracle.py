@@ -20,6 +20,7 @@ STEPS, BATCH, RATE = 3, 4, 1e-3
 LOSS = 2e-6  # fp32 has steps of 6e-8, relative; a loss is some 30 operations deep
 WEIGHTS = 4e-3  # of the update's norm, twice the root of the gradient's error: Adam makes whole steps of gradients near zero
 LORA = "--finetune.lora."
+PARTIAL = ("--finetune.partial.train", "last:3", "--finetune.partial.unfreeze_every", "1")
 METHODS = {
     "lora": (),
     "rslora": (LORA + "use_rslora", "true"),
@@ -29,7 +30,15 @@ METHODS = {
     "llama_adapter": ("--finetune.method", "llama_adapter", "--finetune.llama_adapter.adapter_layers", "2"),
     "prefix": ("--finetune.method", "prefix"),
     "full": ("--finetune.method", "full"),
+    "head, 16 more": ("--finetune.method", "head", "--finetune.head.hidden", "16"),
+    "gradual": ("--finetune.method", "partial", *PARTIAL),
 }
+WHOLE = {"full": "", "head, 16 more": "lm_head.", "gradual": "model.layers."}  # a model is left: what trains begins so
+
+
+def layer_by_layer(name: str, step: int) -> bool:
+    """From the top of three decoder layers, one more in each step."""
+    return int(name.split(".")[2]) >= 2 - step
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +81,16 @@ def test_the_program_is_the_loop_in_float64(method: str, base: Path, tmp_path: P
     start = run("start", "--train.max_steps", 1, "--optim.lr", 1e-30)  # what the run begins with: no weight changes
     ended = run("ended", "--train.max_steps", STEPS, "--optim.lr", RATE)
 
-    model = Model(base)
-    trained = train_base(model, model.tensors) if method == "full" else attach(model, start / "adapter")
+    whole = WHOLE.get(method)
+    model = Model(base if whole is None else start / "model")
+    if whole is None:
+        trained = attach(model, start / "adapter")
+    else:
+        trained = train_base(model, [name for name in model.tensors if name.startswith(whole)])
     before = {name: tensor.detach().clone() for name, tensor in trained.items()}
     batches = [rows[first : first + BATCH] for first in range(0, len(rows), BATCH)]  # an epoch, the last one of two samples
-    losses, norms = train(model, trained, Recipe(batches, RATE, weight_decay=0.1))
+    recipe = Recipe(batches, RATE, weight_decay=0.1, **({"trains": layer_by_layer} if method == "gradual" else {}))
+    losses, norms = train(model, trained, recipe)
 
     lines = [json.loads(line) for line in (ended / "metrics.jsonl").read_text().splitlines()]
     found = [(row["loss"], row["grad_norm"]) for row in lines if "loss" in row]
@@ -85,7 +99,7 @@ def test_the_program_is_the_loop_in_float64(method: str, base: Path, tmp_path: P
         assert abs(loss - wanted) < LOSS * wanted
         assert abs(norm - wanted_norm) < 10 * LOSS * wanted_norm
     tensors = written(ended)
-    assert tensors.keys() == trained.keys()
+    assert tensors.keys() == (trained if whole is None else model.tensors).keys()
     moved = sum((trained[name] - before[name]).pow(2).sum().item() for name in trained) ** 0.5
     apart = sum((trained[name] - tensors[name]).pow(2).sum().item() for name in trained) ** 0.5
     assert moved > 0
