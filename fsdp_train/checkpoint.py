@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,9 +243,17 @@ class Checkpoints:
     def remove_old(self) -> None:
         """Remove all but the newest `keep` and the one with the best evaluation loss. For rank 0."""
         found = checkpoints(self.directory)
-        scored = [(loss, path) for path in found if (loss := read_json(path / STATE_FILE).get("eval_loss")) is not None]
+        surplus = found[: -self.config.keep]
+        if not surplus:
+            return
+        scored = []
+        for path in found:
+            with suppress(InputError):  # damaged: it has no loss that could be the best
+                loss = read_json(path / STATE_FILE).get("eval_loss")
+                if loss is not None:
+                    scored.append((loss, path))
         best = min(scored)[1] if scored else None
-        for path in found[: -self.config.keep]:
+        for path in surplus:
             if path != best:
                 remove(path)
 

@@ -43,8 +43,8 @@ class KVCache:
     def __init__(self, num_layers: int, capacity: int, grain: int = 1) -> None:
         self.grain, self.capacity = grain, -(-capacity // grain) * grain
         self.extent = 0  # slots that any row may have filled: the longest row's length
-        # Slots that attention looks at. Rounded here, not where it is read: inside a compiled layer, the compiler would follow
-        # the rounding as a formula of the length, and its algebra over formulas of formulas may not end.
+        # Slots that attention looks at. Rounded in `advance`, not where it is read: inside a compiled layer, the compiler would
+        # follow the rounding as a formula of the length, and its algebra over formulas of formulas may not end.
         self.shown = 0
         self.positions: Tensor = torch.empty(0)
         self.layers = [LayerCache(self) for _ in range(num_layers)]

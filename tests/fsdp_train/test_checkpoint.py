@@ -278,6 +278,17 @@ def test_what_could_not_be_removed_goes_at_the_next_start(
     assert [p.name for p in checkpoints(out / "checkpoints")] == ["step_00000012"]
 
 
+def test_an_older_checkpoint_whose_state_is_damaged_stops_nobody(
+    finished: Path, model_dir: Path, alpaca_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    shutil.copytree(out / "checkpoints" / "step_00000010", out / "checkpoints" / "step_00000005")
+    (out / "checkpoints" / "step_00000005" / "state.json").write_text("{")
+    main(flags(model_dir, alpaca_file, out))
+    assert [p.name for p in checkpoints(out / "checkpoints")] == ["step_00000010", "step_00000012"]
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(
     model_dir: Path, alpaca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
