@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 Sample = tuple[list[int], Any]  # token ids, and as many labels (-100: not learned), or a class
+Step = tuple[float, Sequence[Tensor]]  # its loss, and its gradient before clipping
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,9 @@ class Recipe:
     batches: Sequence[Sequence[Sample]]  # the samples of each step, over all processes and micro-batches
     lr: float
     weight_decay: float = 0.0
-    warmup_steps: int = 0
-    schedule: str = "cosine"
     grad_clip: float = 1.0
     trains: Callable[[str, int], bool] = lambda name, step: True  # does this tensor in this step (gradual unfreezing)
+    skipped: Collection[int] = ()  # steps whose update fp16's overflow leaves out
 
 
 class Model:
@@ -46,15 +47,17 @@ class Model:
     Attributes:
         tensors: all weights, by their names in the file.
         before: called before each forward pass.
+        row_norms: of each weight that DoRA adapts, what it divides by and takes for a constant.
     """
 
-    def __init__(self, directory: Path, dtype: torch.dtype = torch.float64) -> None:
-        """Args: a directory as Hugging Face writes it; the dtype in which the run keeps what is frozen."""
+    def __init__(self, directory: Path, dtype: torch.dtype, trains: Callable[[str], bool] = lambda name: False) -> None:
+        """Args: a directory as Hugging Face writes it; the dtype in which the run keeps what is frozen; and what is not."""
         self.config = transformers.LlamaConfig.from_pretrained(directory)
         self.config._attn_implementation = "float64_oracle"
         self.tensors: dict[str, Tensor] = {}
         for file in sorted(directory.glob("*.safetensors")):
-            self.tensors |= {name: tensor.to(dtype).double() for name, tensor in load_file(file).items()}
+            for name, tensor in load_file(file).items():
+                self.tensors[name] = (tensor if trains(name) else tensor.to(dtype)).double()
         self.body: Any = transformers.LlamaModel(self.config).double().requires_grad_(False)
         own = {name.removeprefix("model."): tensor for name, tensor in self.tensors.items() if name.startswith("model.")}
         self.body.load_state_dict(own)
@@ -64,6 +67,7 @@ class Model:
         self.body.rotary_emb.forward = self._rotary
         self.before: Callable[[], None] = lambda: None
         self.first_position = 0
+        self.row_norms: dict[str, Callable[[], Tensor]] = {}
 
     def _rotary(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         size, theta = self.config.hidden_size // self.config.num_attention_heads, self.config.rope_parameters["rope_theta"]
@@ -105,6 +109,7 @@ class Model:
 
 
 def _norm(module: Any) -> Callable[[Tensor], Tensor]:
+    """As Hugging Face's, which casts to fp32."""
     return lambda x: module.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
 
 
@@ -173,17 +178,22 @@ def _attach_lora(model: Model, config: dict[str, Any], trained: dict[str, Tensor
         scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
         module = model.body.get_submodule(own.removeprefix("model."))
         magnitude = trained.get(path + ".lora_magnitude_vector")
-        module.forward = _low_rank(module.weight, trained[key], trained[path + ".lora_B.weight"], scale, magnitude)
-
-
-def _low_rank(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        adapted = W + scale * (B @ A)
+        module.forward, norms = _adapted(module, trained[key], trained[path + ".lora_B.weight"], scale, magnitude)
         if magnitude is not None:
-            adapted = adapted * (magnitude / adapted.detach().norm(dim=1))[:, None]
-        return x @ adapted.T
+            model.row_norms[path] = norms
 
-    return forward
+
+def _adapted(module: Any, A: Tensor, B: Tensor, scale: float, magnitude: Tensor | None) -> tuple[Any, Any]:
+    def weight() -> Tensor:
+        return module.weight + scale * (B @ A)
+
+    def norms() -> Tensor:
+        return weight().detach().norm(dim=1)
+
+    def forward(x: Tensor) -> Tensor:
+        return x @ (weight() if magnitude is None else weight() * (magnitude / norms())[:, None]).T
+
+    return forward, norms
 
 
 def _hang_prompts(model: Model, tanh: bool, trained: dict[str, Tensor]) -> None:
@@ -213,35 +223,27 @@ def hang_prefix(model: Model, prefix: Callable[[], Tensor]) -> None:
     model.before = before
 
 
-def train(model: Model, trained: dict[str, Tensor], recipe: Recipe) -> tuple[list[float], list[float]]:
-    """AdamW with decoupled weight decay, in place. Returns each step's loss, and its gradient's norm before clipping."""
-    losses, norms = [], []
+def train(model: Model, trained: dict[str, Tensor], recipe: Recipe, around: Any = nullcontext) -> list[Step]:
+    """AdamW with decoupled weight decay, in place. `around`: a context for each forward and backward pass."""
+    steps: list[Step] = []
     moments = {name: (torch.zeros_like(tensor), torch.zeros_like(tensor), 0) for name, tensor in trained.items()}
-    for step, batch in enumerate(recipe.batches):
-        names = [name for name in trained if recipe.trains(name, step)]
-        loss = model.loss(batch)
-        gradients = torch.autograd.grad(loss, [trained[name] for name in names])
+    for number, batch in enumerate(recipe.batches):
+        names = [name for name in trained if recipe.trains(name, number)]
+        with around():
+            loss = model.loss(batch)
+            gradients = torch.autograd.grad(loss, [trained[name] for name in names])
+        steps.append((loss.item(), gradients))
+        if number in recipe.skipped:
+            continue
         norm = math.sqrt(sum(gradient.pow(2).sum().item() for gradient in gradients))
         clip = min(1.0, recipe.grad_clip / (norm + 1e-6)) if recipe.grad_clip else 1.0
-        losses, norms = [*losses, loss.item()], [*norms, norm]
-        lr = recipe.lr * share_of_peak(recipe, step)
+        lr = recipe.lr * 0.5 * (1 + math.cos(math.pi * number / len(recipe.batches)))  # without warm-up
         for name, gradient in zip(names, gradients, strict=True):
             first, second, count = moments[name]
-            first, second, count = (
-                0.9 * first + 0.1 * clip * gradient,
-                0.999 * second + 0.001 * (clip * gradient) ** 2,
-                count + 1,
-            )
-            moments[name] = first, second, count
+            first = 0.9 * first + 0.1 * clip * gradient
+            second = 0.999 * second + 0.001 * (clip * gradient) ** 2
+            moments[name] = first, second, count = first, second, count + 1
             size = (second / (1 - 0.999**count)).sqrt() + 1e-8
             with torch.no_grad():
                 trained[name].mul_(1 - lr * recipe.weight_decay).sub_(lr * first / (1 - 0.9**count) / size)
-    return losses, norms
-
-
-def share_of_peak(recipe: Recipe, step: int) -> float:
-    """The learning rate of a step."""
-    if step < recipe.warmup_steps:
-        return (step + 1) / recipe.warmup_steps
-    progress = (step - recipe.warmup_steps) / max(1, len(recipe.batches) - recipe.warmup_steps)
-    return {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[recipe.schedule]
+    return steps
