@@ -130,7 +130,7 @@ class Case:
 
     @property
     def out(self) -> Path:
-        return self.work / self.name
+        return self.work / f"{self.name}, data {self.seed}"
 
     @cached_property
     def base(self) -> Path:

@@ -105,4 +105,4 @@ def edge_cases(work: Path) -> list[Case]:
         for beside in BESIDE:
             row = {**first, **beside, **dict(edge.settings)}
             found.append(EdgeCase(row, work, f"{name}, {beside['method']} {beside['strategy']}", edge=name))
-    return [*found, Case({**first, "shuffle": "yes", "samples": "left over"}, work, "1,000 steps", 1000)]
+    return [*found, Case({**first, "shuffle": "yes", "batch_size": "3", "grad_accum": "2"}, work, "1,000 steps", 1000)]

@@ -28,7 +28,7 @@ from tests.combinations.oracle import Model, Recipe, Sample, Step, attach, hang_
 
 # --- how far apart a precision may be ---------------------------------------------------------------------------------
 
-TRIALS = 4
+TRIALS = 5
 ROUNDINGS = 6  # of results, for one of a weight
 NUMBER, LENGTH = 4, 1.5  # standard deviations that are granted to a number, and to the length of a vector
 
@@ -77,22 +77,27 @@ def rounded(weights: Sequence[Tensor], precision: str, generator: torch.Generato
 def tolerance_of(case: Case, recipe: Recipe, steps: Sequence[Step], after: dict[str, Tensor]) -> Tolerance:
     """Of a run that comes to `steps` and ends with the weights `after`."""
     generator = torch.Generator().manual_seed(8)
-    losses, gradients, updates = 0.0, [0.0] * len(steps), 0.0
+    losses, gradients, updates = [0.0] * len(steps), [0.0] * len(steps), 0.0
     for _ in range(TRIALS):
         model, trained = beginning(case, recipe.batches)
         weights = {id(x): x for x in [*model.tensors.values(), *model.body.parameters(), *trained.values()]}
         found = train(model, trained, recipe, rounded(list(weights.values()), case["precision"], generator))
         ends = kept(case, trained)
         for number, ((loss, gradient), (other_loss, other)) in enumerate(zip(found, steps, strict=True)):
-            losses += (loss - other_loss) ** 2 / TRIALS / len(steps)
+            losses[number] += (loss - other_loss) ** 2 / TRIALS
             gradients[number] += length(a - b for a, b in zip(gradient, other, strict=True)) ** 2 / TRIALS
         updates += length(ends[name] - after[name] for name in after) ** 2 / TRIALS
+    # Of few trials a step's own is uncertain, and it grows from step to step: no less than the mean so far.
+    losses = [max(own, sum(losses[: number + 1]) / (number + 1)) for number, own in enumerate(losses)]
     half = torch.finfo(torch.float32).eps / 2
     lengths = [LENGTH * math.sqrt(ROUNDINGS * square) for square in gradients]
     classes = len(model.tensors.get("score.weight", model.body.embed_tokens.weight))
     own = [summed(classes + sum(len(ids) for ids, _ in samples)) for samples in recipe.batches]
     return Tolerance(
-        [NUMBER * math.sqrt(ROUNDINGS * losses) + loss * part for (loss, _), part in zip(steps, own, strict=True)],
+        [
+            NUMBER * math.sqrt(ROUNDINGS * square) + loss * part
+            for square, (loss, _), part in zip(losses, steps, own, strict=True)
+        ],
         lengths,
         [error + length(gradient) * summed(count_of(gradient)) for error, (_, gradient) in zip(lengths, steps, strict=True)],
         LENGTH * math.sqrt(ROUNDINGS * updates) + 2 * len(steps) * half * length(after.values()),
