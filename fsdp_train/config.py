@@ -51,6 +51,8 @@ class RunConfig:
         if self.finetune.head.kind == "classification":
             if self.train.exact_match:
                 raise InputError("--train.exact_match counts generated answers, which a classifier does not give")
+            if self.data.packing:
+                raise InputError("--data.packing true: a classifier looks at the end of each row; leave it out")
             if self.data.format not in ("auto", "classification"):
                 raise InputError(f"--data.format {self.data.format} has no labels, which a classification head learns")
         if self.parallel.optimizer_in_backward:

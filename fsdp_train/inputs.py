@@ -88,8 +88,6 @@ def read_inputs(config: RunConfig, world: World, tell: Callable[[str], None]) ->
     if train.exact_match and tokenizer is None:
         raise InputError("--train.exact_match compares texts; give --model.tokenizer")
     if data.packing:
-        if isinstance(samples, ClassificationDataset):
-            raise InputError("--data.packing true: a classifier looks at the end of each row, which has one text; leave it out")
         samples = packed(samples, length)
         held_out = packed(held_out, length) if held_out is not None else None
         tell(samples.packing_report())
