@@ -153,7 +153,7 @@ REFUSALS = [
     Refusal(("no_sync", ("yes",)), ("strategy", ("none",)), "goes with --parallel.strategy ddp"),
     Refusal(("no_sync", ("yes",)), ("grad_accum", ("1",)), "--train.grad_accum is 1", (("strategy", "ddp"),)),
     Refusal(("in_backward", ("yes",)), ("method", _but(METHODS, "full", "full, classifier")), "needs --finetune.method full"),
-    Refusal(("in_backward", ("yes",)), ("grad_accum", ("2",)), "and --train.grad_accum 1", (("method", "full"),)),
+    Refusal(("in_backward", ("yes",)), ("grad_accum", ("2",)), "needs --train.grad_accum 1", (("method", "full"),)),
     Refusal(("in_backward", ("yes",)), ("precision", ("fp16",)), "fp16 must see all gradients", (("method", "full"),)),
     Refusal(
         ("in_backward", ("yes",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import os
 import shutil
 import traceback
@@ -56,10 +57,11 @@ def run_jobs(rank: int, log: Path, jobs: Sequence[Sequence[Job]]) -> list[str]:
         world = None if alone else stack.enter_context(process_group(ParallelConfig()))
         for row in jobs:
             dynamo.reset()
-            error = ""
+            error, before = "", compiler_settings()
             try:
                 for job in row:
                     run(world, job)
+                error = f"left behind: {left}" if (left := compiler_settings() ^ before) else ""
             except Exception:
                 error = traceback.format_exc()
             if world is not None:
@@ -67,6 +69,13 @@ def run_jobs(rank: int, log: Path, jobs: Sequence[Sequence[Job]]) -> list[str]:
             found.append(error)
             gc.collect()
     return found
+
+
+def compiler_settings() -> set[tuple[str, str]]:
+    """All of them, which are the process's own: a run gives them back as it found them."""
+    sections = ("_dynamo", "_functorch", "_inductor")
+    configs = [importlib.import_module(f"torch.{section}.config") for section in sections]
+    return {(name, repr(value)) for config in configs for name, value in config.get_config_copy().items()}
 
 
 def run_together(processes: int, jobs: Sequence[Sequence[Job]], directory: Path, seconds: float) -> list[str]:

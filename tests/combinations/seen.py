@@ -23,12 +23,18 @@ from tests.combinations.faults import FAULTS, Fault
 from tests.combinations.mutants import mutants
 from tests.launch import ROOT
 
-PYTEST = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--ignore=tests/combinations"]
-STAGES = {  # what looks, and the words of a line that says that something is wrong
-    "array, its fast part": (["-m", "tests.combinations", "--fast"], "NOT EQUAL"),
-    "suite": (PYTEST, "FAILED"),
-    "array": (["-m", "tests.combinations"], "NOT EQUAL"),
-}
+ARRAY = ["-m", "tests.combinations"]
+SUITE = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--ignore=tests/combinations"]
+
+
+def stages(fault: Fault) -> list[tuple[str, list[str], str]]:
+    """What looks, and the words of a line that says that something is wrong. The suite begins with the fault's package."""
+    package = fault.file.partition("/")[0]
+    return [
+        ("array, its fast part", [*ARRAY, "--fast"], "NOT EQUAL"),
+        ("suite", [*SUITE, f"tests/{package}", "tests"], "FAILED"),
+        ("array", ARRAY, "NOT EQUAL"),
+    ]
 
 
 def copied(directory: Path, fault: Fault) -> None:
@@ -67,7 +73,7 @@ def seen_by(fault: Fault) -> str:
     """What sees it, and how; empty where nothing does."""
     with tempfile.TemporaryDirectory() as directory:
         copied(Path(directory), fault)
-        for stage, (arguments, words) in STAGES.items():
+        for stage, arguments, words in stages(fault):
             if found := complaint(Path(directory), arguments, words):
                 return f"{stage}: {found[:150]}"
     return ""
