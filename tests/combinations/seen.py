@@ -28,11 +28,12 @@ SUITE = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--ignore=tests/c
 
 
 def stages(fault: Fault) -> list[tuple[str, list[str], str]]:
-    """What looks, and the words of a line that says that something is wrong. The suite begins with the fault's package."""
+    """What looks, and the words of a line that says that something is wrong. Its package's tests come first."""
     package = fault.file.partition("/")[0]
     return [
         ("array, its fast part", [*ARRAY, "--fast"], "NOT EQUAL"),
-        ("suite", [*SUITE, f"tests/{package}", "tests"], "FAILED"),
+        ("its package's tests", [*SUITE, f"tests/{package}"], "FAILED"),
+        ("suite", [*SUITE, "tests"], "FAILED"),
         ("array", ARRAY, "NOT EQUAL"),
     ]
 
