@@ -64,7 +64,7 @@ def token_samples(count: int, paired: bool, vocabulary: int, seed: int = 0) -> l
     for index in range(count):
         length = LENGTH - len(samples[-1][0]) if paired and index % 2 else number(3, LENGTH - 2)
         ids = torch.randint(3, vocabulary, (length,), generator=generator).tolist()
-        given = number(1, length)
+        given = number(0, length)
         samples.append((ids, [-100] * given + ids[given:]))
     return samples
 
