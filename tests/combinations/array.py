@@ -226,7 +226,7 @@ def all_rows() -> tuple[list[Row], list[Part]]:
 
 
 FAST = 50  # seconds of the rows that the suite runs, about
-SECONDS = {"1": 0.5, "2": 0.7, "4": 3.0}  # of a row, about, by processes
+COST = {"1": 0.5, "2": 0.7, "4": 3.0}  # of a row, in seconds, about, by processes
 
 
 def fast_rows() -> list[int]:
@@ -238,9 +238,9 @@ def fast_rows() -> list[int]:
     seconds = 0.0
     while seconds < FAST:
         new = {number: sum(part in missing for part in parts_of(rows[number], ())) for number in left}
-        best = max(left, key=lambda number: new[number] / SECONDS[rows[number]["processes"]])
+        best = max(left, key=lambda number: new[number] / COST[rows[number]["processes"]])
         left.remove(best)
         chosen.append(best)
-        seconds += SECONDS[rows[best]["processes"]]
+        seconds += COST[rows[best]["processes"]]
         missing -= set(parts_of(rows[best], ()))
     return sorted(chosen)

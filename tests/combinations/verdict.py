@@ -234,6 +234,9 @@ def compared(case: Case) -> Verdict:
     # A tensor without any gradient (of queries and keys, where the only token before a target sees itself alone) has in fp32
     # what rounding leaves of 0, and AdamW makes whole steps of that.
     silent = {name for name in trained if not any(name in step and step[name].any() for step in named(steps, recipe, trained))}
+    wild = [name for name in silent if (files[name] - before[name]).abs().max() > 2 * case.steps * RATE]
+    if wild:
+        return Verdict(error=f"without a gradient, and moved by more than AdamW's steps: {wild}")
     verdict.update = length(after[name] - files[name] for name in after if name not in silent) / tolerance.update
     moved = length(after[name] - before[name] for name in after)
     verdict.blind = tolerance.update > moved
